@@ -1,0 +1,5 @@
+"""Builds the pure package."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,7 @@
+"""placeholder"""
+from tree_attn._backends.reference import ReferenceBackend
+
+
+class SdpaBackend(ReferenceBackend):
+    name = "sdpa"
+    priority = 100
