@@ -1,0 +1,75 @@
+// Picks the kernels of a call: the path for the device, the compiled class for the head dimensions.
+#include "params.h"
+
+#include <algorithm>
+
+#include "portable/backward.cuh"
+#include "portable/instances.h"
+
+namespace tree_attn {
+namespace {
+
+// Calls run(dim, value_dim) with the smallest compiled class that holds the dimensions, as integral constants.
+template <typename Run>
+auto with_class(const Sizes& s, Run run) {
+#define TREE_ATTN_TRY(D, DV)                    \
+  if (s.head_dim <= D && s.value_dim <= DV)     \
+    return run(std::integral_constant<int, D>{}, std::integral_constant<int, DV>{});
+  TREE_ATTN_CLASSES(TREE_ATTN_TRY)
+#undef TREE_ATTN_TRY
+  return decltype(run(std::integral_constant<int, 256>{}, std::integral_constant<int, 256>{})){};
+}
+
+bool supported(const Sizes& s) {
+  return s.head_dim >= 8 && s.head_dim <= 256 && s.head_dim % 8 == 0 && s.value_dim >= 8 && s.value_dim <= 256 &&
+         s.value_dim % 8 == 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0 && s.rows > 0 && s.keys > 0 &&
+         int64_t{s.rows} * (s.heads / s.kv_heads) < (int64_t{1} << 31) - 128;
+}
+
+// Bytes of shared memory a block may use: the device's limit, or a lower one that a test forces.
+cudaError_t shared_memory_limit(const Config& config, int* bytes) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (config.max_smem > 0) *bytes = std::min(*bytes, config.max_smem);
+  return error;
+}
+
+template <typename T>
+cudaError_t portable_backward(const Backward& call, int max_smem, cudaStream_t stream) {
+  return with_class(call.sizes, [&](auto dim, auto value_dim) {
+    const cudaError_t error = portable::launch_backward<T, dim(), value_dim()>(call, max_smem, stream);
+    if (error != cudaSuccess || !call.deterministic) return error;
+    return portable::launch_backward_dq<T, dim(), value_dim()>(call, stream);
+  });
+}
+
+}  // namespace
+
+cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stream) {
+  if (!supported(call.sizes) || config.path == Path::kHopper) return cudaErrorInvalidValue;
+  return with_class(call.sizes, [&](auto dim, auto value_dim) {
+    return call.dtype == DType::kFloat16 ? portable::launch_forward<__half, dim(), value_dim()>(call, stream)
+                                         : portable::launch_forward<__nv_bfloat16, dim(), value_dim()>(call, stream);
+  });
+}
+
+cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream) {
+  if (!supported(call.sizes) || config.path == Path::kHopper) return cudaErrorInvalidValue;
+  int max_smem = 0;
+  const cudaError_t error = shared_memory_limit(config, &max_smem);
+  if (error != cudaSuccess) return error;
+  return call.dtype == DType::kFloat16 ? portable_backward<__half>(call, max_smem, stream)
+                                       : portable_backward<__nv_bfloat16>(call, max_smem, stream);
+}
+
+int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&) {
+  if (!supported(sizes)) return 0;
+  return with_class(sizes, [&](auto dim, auto value_dim) {
+    return portable::Workspace(nullptr, sizes, deterministic, dim(), value_dim(), portable::kSmallestKeys).bytes;
+  });
+}
+
+const char* path_name(const Sizes&, const Config&) { return "portable"; }
+
+}  // namespace tree_attn

@@ -1,0 +1,549 @@
+// Backward on mma.sync: one block takes kKeys keys of one key/value head and walks the rows that see them.
+//
+//   for each row tile:  S' = K Q^T;  P' = exp(S' - lse);  D' = V dO^T;  dS' = P' (D' - delta)
+//                       dV += P' dO;  dK += dS' Q;  dQ[row tile] += dS'^T K
+//
+// S' and D' are computed transposed (keys x rows), so that P' and dS' stay in registers as the left operand of dV and dK;
+// only dS' goes through shared memory, for dQ. dQ is added up in float32 in global memory, in the order of the registers
+// (256 contiguous bytes or more a warp), and converted at the end.
+//
+// A key tile's rows are one contiguous range of very different length (a shared prompt: all rows; a leaf: its own), so
+// ranges are cut into items of at most kItemRows rows, and blocks take the longest items first from a counter. Tiles of
+// several items add up dK and dV in float32 like dQ.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace tree_attn::portable {
+
+template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kRows_, int kStages_>
+struct BackwardTiles {
+  using T = T_;
+  static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_, kRows = kRows_, kStages = kStages_;
+  // Beyond dim 128 two warps share 16 keys, each with half of the columns of dK and dV, or these would not fit registers.
+  static constexpr int kHalves = kDim > 128 ? 2 : 1;
+  static constexpr int kWarps = kKeys / 16 * kHalves, kThreads = kWarps * kWarp;
+
+  // How the warps divide dQ (kRows x kDim): 32 rows each if the columns then come out as multiples of 16.
+  static constexpr bool kTallDq = kRows >= 32 && kDim % (kWarps / (kRows / 32) * 16) == 0;
+  static constexpr int kDqRowTiles = kTallDq ? 2 : 1;
+  static constexpr int kDqColumnGroups = kWarps / (kRows / (16 * kDqRowTiles));
+  static constexpr int kDqColumns = kDim / kDqColumnGroups;
+  static_assert(kDqColumns % 16 == 0 && kDqColumns * kDqColumnGroups == kDim);
+
+  static constexpr int kKBytes = kKeys * kDim * 2, kVBytes = kKeys * kValueDim * 2;
+  static constexpr int kQBytes = kRows * kDim * 2, kOBytes = kRows * kValueDim * 2, kStatBytes = kRows * 2 * 4;
+  static constexpr int kStageBytes = kQBytes + kOBytes;
+  static constexpr int kSBytes = kKeys * kRows * 2;
+  static constexpr int kSmem = kKBytes + kVBytes + kStages * (kStageBytes + kStatBytes) + kSBytes + 16;
+
+  // Registers of one thread that are added up in global memory.
+  static constexpr int kDqRegisters = kRows * kDim / kThreads;
+  static constexpr int kDkRegisters = kKeys * kDim / kThreads, kDvRegisters = kKeys * kValueDim / kThreads;
+};
+
+constexpr int kSmallestKeys = 32;  // keys a tile has at least
+constexpr int kItemRows = 6144;  // packed rows an item has at most; a multiple of every kRows
+
+// The workspace of one call, cut into arrays. `count` is packed rows rounded up to row_padding.
+struct Workspace {
+  static constexpr int kRowPadding = 64, kKeyPadding = 128;
+  float* log2_sum;  // (kv_heads, padded rows) log2 of the whole denominator; +inf where a row sees nothing
+  float* delta;     // (kv_heads, padded rows) what is subtracted from D'
+  float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
+  float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
+  int4* items;      // (key tile, first row, end row, 1 if the tile has other items), heaviest first
+  int* counters;    // [0] items taken, [1] items
+  int padded_rows;
+  int max_items;
+  int64_t bytes;
+
+  Workspace(void* base, const Sizes& s, bool deterministic, int dim, int value_dim, int keys_per_tile) {
+    const int64_t rows = int64_t{s.rows} * (s.heads / s.kv_heads);
+    padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
+    const int64_t padded_keys = (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+    const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
+    max_items = static_cast<int>(tiles * (deterministic ? 1 : (rows + kItemRows - 1) / kItemRows + 1));
+    bytes = 0;
+    auto take = [&](auto*& pointer, int64_t count) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
+      bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 255) / 256 * 256;
+    };
+    take(counters, 2);
+    take(log2_sum, s.kv_heads * int64_t{padded_rows});
+    take(delta, s.kv_heads * int64_t{padded_rows});
+    take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
+    take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys * (dim + value_dim));
+    take(items, max_items);  // last: the only array whose size depends on keys_per_tile
+  }
+};
+
+struct BackwardArguments {
+  Backward call;
+  PackedRows rows;
+  Scaling scaling;
+  Workspace work;
+
+  BackwardArguments(const Backward& call, int dim, int value_dim, int keys_per_tile)
+      : call(call),
+        rows(call.sizes),
+        scaling(call.scale, call.softcap),
+        work(call.workspace, call.sizes, call.deterministic, dim, value_dim, keys_per_tile) {}
+};
+
+// -- float32 sums in global memory, in the order of the registers ---------------------------------------------------------
+
+// Register i of lane l lies at (i / w * 32 + l) * w + i % w, w values a lane beside each other: one instruction of a warp
+// adds to contiguous memory. Compute capability 9.0 adds four at once ("red" with .v4.f32).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kAddWidth = 4;
+#else
+constexpr int kAddWidth = 1;
+#endif
+
+template <int kCount>
+__device__ __forceinline__ void add_registers(float* to, const float* values) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAddWidth) {
+    float* at = to + (i / kAddWidth * kWarp + lane) * kAddWidth;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"l"(at), "f"(values[i]), "f"(values[i + 1]),
+                 "f"(values[i + 2]), "f"(values[i + 3])
+                 : "memory");
+#else
+    atomicAdd(at, values[i]);
+#endif
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void read_registers(float* values, const float* from) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAddWidth)
+#pragma unroll
+    for (int w = 0; w < kAddWidth; ++w) values[i + w] = from[(i / kAddWidth * kWarp + lane) * kAddWidth + w];
+}
+
+template <typename Tiles>
+__device__ __forceinline__ float* grad_q_of(const Workspace& work, int kv_head, int first_row) {
+  const int warp = threadIdx.x / kWarp;
+  return work.grad_q + (static_cast<int64_t>(kv_head) * work.padded_rows + first_row) * Tiles::kDim +
+         warp * (Tiles::kDqRegisters * kWarp);
+}
+
+template <typename Tiles>
+__device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int kv_head, int tile) {
+  const int warp = threadIdx.x / kWarp;
+  const int64_t padded = (int64_t{args.call.sizes.keys} + Workspace::kKeyPadding - 1) / Workspace::kKeyPadding *
+                         Workspace::kKeyPadding;
+  return args.work.grad_kv + (kv_head * padded + int64_t{tile} * Tiles::kKeys) * (Tiles::kDim + Tiles::kValueDim) +
+         warp * ((Tiles::kDkRegisters + Tiles::kDvRegisters) * kWarp);
+}
+
+// -- before: delta and the denominator of every row, the list of items ----------------------------------------------------
+
+// One warp a packed row: delta = sum(dO * O), and with a gradient of lse, sum over keys of softmax * grad_lse folded in.
+template <typename T>
+__global__ void prepare_rows_kernel(const __grid_constant__ BackwardArguments args) {
+  const Backward& call = args.call;
+  const int row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int kv_head = blockIdx.y;
+  if (row >= args.work.padded_rows) return;
+  const int64_t to = static_cast<int64_t>(kv_head) * args.work.padded_rows + row;
+  if (row >= args.rows.count) {
+    if (lane == 0) args.work.log2_sum[to] = -negative_infinity(), args.work.delta[to] = 0.f;
+    return;
+  }
+  const int token = args.rows.token(row), head = kv_head * args.rows.group.divisor + row - token * args.rows.group.divisor;
+  const T* out = static_cast<const T*>(call.out.data) + token * call.out.token_stride + head * call.out.head_stride;
+  const T* grad = static_cast<const T*>(call.grad_out.data) + token * call.grad_out.token_stride +
+                  head * call.grad_out.head_stride;
+  float delta = 0.f;
+  for (int col = lane * 8; col < call.sizes.value_dim; col += kWarp * 8) {
+    const int4 a = *reinterpret_cast<const int4*>(out + col), b = *reinterpret_cast<const int4*>(grad + col);
+    const uint32_t av[4] = {uint32_t(a.x), uint32_t(a.y), uint32_t(a.z), uint32_t(a.w)};
+    const uint32_t bv[4] = {uint32_t(b.x), uint32_t(b.y), uint32_t(b.z), uint32_t(b.w)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = Element<T>::unpack(av[i]), y = Element<T>::unpack(bv[i]);
+      delta += x.x * y.x + x.y * y.y;
+    }
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+  if (lane != 0) return;
+
+  const int64_t at = static_cast<int64_t>(head) * call.sizes.rows + token;
+  const float lse = call.lse[at];
+  call.delta[at] = delta;
+  if (lse == negative_infinity()) {
+    args.work.log2_sum[to] = -negative_infinity(), args.work.delta[to] = 0.f;
+    return;
+  }
+  float denominator = lse;  // logarithm of the whole denominator
+  if (call.sinks != nullptr) {
+    const float sink = call.sinks[head], high = fmaxf(lse, sink);
+    denominator = high + log1pf(expf(fminf(lse, sink) - high));
+  }
+  // lse leaves the sink out: its gradient is worth exp(denominator - lse) as much. Beyond exp(80) the row's probabilities
+  // have vanished in float32.
+  if (call.grad_lse != nullptr) delta -= call.grad_lse[at] * expf(fminf(denominator - lse, 80.f));
+  args.work.log2_sum[to] = denominator * kLog2e;
+  args.work.delta[to] = delta;
+}
+
+// The packed rows [low, high) that see a key of the tile, low rounded down to whole row tiles.
+__device__ __forceinline__ int2 rows_of_tile(const BackwardArguments& args, const KeySpan& keys, int rows_per_tile) {
+  const int group = args.rows.group.divisor;
+  const int low = max(keys.begin.low, 0) * group / rows_per_tile * rows_per_tile;
+  return {low, min(keys.end.high, args.call.sizes.rows) * group};
+}
+
+// One block: cuts the row range of every key tile into items and writes them in four classes of length, longest first.
+template <typename Tiles>
+__global__ void plan_items_kernel(const __grid_constant__ BackwardArguments args) {
+  constexpr int kClasses = 4;
+  __shared__ int cursor[kClasses];
+  const Sizes& sizes = args.call.sizes;
+  const int tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
+  const int item_rows = args.call.deterministic ? 0x7fffffff - Tiles::kRows : kItemRows;
+  const auto class_of = [](int rows) { return max(0, kClasses - 1 - rows * kClasses / (kItemRows + 1)); };
+  const auto each_tile = [&](auto&& visit) {
+    for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
+      const int k0 = tile * Tiles::kKeys;
+      const KeySpan keys = KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
+      const int2 rows = rows_of_tile(args, keys, Tiles::kRows);
+      const int length = max(0, rows.y - rows.x), whole = length / item_rows, rest = length - whole * item_rows;
+      visit(tile, rows.x, rows.y, whole, rest);
+    }
+    __syncthreads();
+  };
+
+  if (threadIdx.x < kClasses) cursor[threadIdx.x] = 0;
+  __syncthreads();
+  each_tile([&](int, int, int, int whole, int rest) {
+    if (whole > 0) atomicAdd(&cursor[0], whole);
+    // A tile that nobody sees still gets an item, which writes its zeros.
+    if (rest > 0 || whole == 0) atomicAdd(&cursor[class_of(min(rest, kItemRows))], 1);
+  });
+  if (threadIdx.x == 0) {
+    int sum = 0;
+    for (int c = 0; c < kClasses; ++c) {
+      const int count = cursor[c];
+      cursor[c] = sum;
+      sum += count;
+    }
+    args.work.counters[0] = 0;
+    args.work.counters[1] = sum;
+  }
+  __syncthreads();
+  each_tile([&](int tile, int low, int high, int whole, int rest) {
+    const int several = whole + (rest > 0) > 1;
+    const int at = whole > 0 ? atomicAdd(&cursor[0], whole) : 0;
+    for (int i = 0; i < whole; ++i)
+      args.work.items[at + i] = {tile, low + i * item_rows, low + (i + 1) * item_rows, several};
+    if (rest > 0 || whole == 0)
+      args.work.items[atomicAdd(&cursor[class_of(min(rest, kItemRows))], 1)] = {tile, low + whole * item_rows,
+                                                                               max(high, low), several};
+  });
+}
+
+// -- the products -----------------------------------------------------------------------------------------------------------
+
+// dK and dV registers -> smem -> gmem.
+template <typename Tiles>
+__device__ __forceinline__ void store_grad_kv(const BackwardArguments& args, char* k_tile, char* v_tile, int kv_head,
+                                              int k0, float (&dk)[1][Tiles::kDim / 8 / Tiles::kHalves][4],
+                                              float (&dv)[1][Tiles::kValueDim / 8 / Tiles::kHalves][4]) {
+  using T = typename Tiles::T;
+  const Sizes& sizes = args.call.sizes;
+  const int warp = threadIdx.x / kWarp, key_group = warp / Tiles::kHalves, half = warp % Tiles::kHalves;
+#pragma unroll
+  for (int n = 0; n < Tiles::kDim / 8 / Tiles::kHalves; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dk[0][n][e] *= args.scaling.scale;
+  store_accumulators<T, Tiles::kDim>(k_tile, key_group * 16, half * (Tiles::kDim / 8 / Tiles::kHalves), dk);
+  store_accumulators<T, Tiles::kValueDim>(v_tile, key_group * 16, half * (Tiles::kValueDim / 8 / Tiles::kHalves), dv);
+  __syncthreads();
+  TileCopy<T, Tiles::kDim, Tiles::kKeys, Tiles::kThreads>::store_keys(k_tile, args.call.grad_k, k0, sizes.keys, kv_head,
+                                                                      sizes.head_dim);
+  TileCopy<T, Tiles::kValueDim, Tiles::kKeys, Tiles::kThreads>::store_keys(v_tile, args.call.grad_v, k0, sizes.keys,
+                                                                           kv_head, sizes.value_dim);
+}
+
+template <typename Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments args) {
+  using T = typename Tiles::T;
+  constexpr int kDim = Tiles::kDim, kValueDim = Tiles::kValueDim, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
+  constexpr int kRowTiles8 = kRows / 8, kHalves = Tiles::kHalves;
+  using CopyK = TileCopy<T, kDim, kKeys, Tiles::kThreads>;
+  using CopyV = TileCopy<T, kValueDim, kKeys, Tiles::kThreads>;
+  using CopyQ = TileCopy<T, kDim, kRows, Tiles::kThreads>;
+  using CopyO = TileCopy<T, kValueDim, kRows, Tiles::kThreads>;
+  using TileS = SmemTile<kRows>;
+
+  const Backward& call = args.call;
+  const Sizes& sizes = call.sizes;
+  const Mask& mask = call.mask;
+  const Workspace& work = args.work;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int key_group = warp / kHalves, half = warp % kHalves;  // 16 keys, and which columns of dK and dV
+
+  extern __shared__ __align__(1024) char smem[];
+  char* const k_tile = smem;
+  char* const v_tile = k_tile + Tiles::kKBytes;
+  char* const q_tiles = v_tile + Tiles::kVBytes;
+  char* const s_tile = q_tiles + Tiles::kStages * Tiles::kStageBytes;
+  char* const stats = s_tile + Tiles::kSBytes;
+  int& taken = *reinterpret_cast<int*>(stats + Tiles::kStages * Tiles::kStatBytes);
+  const uint32_t k_smem = smem_address(k_tile), v_smem = smem_address(v_tile), s_smem = smem_address(s_tile);
+
+  for (;;) {
+    __syncthreads();  // the item before is finished with shared memory
+    if (threadIdx.x == 0) taken = atomicAdd(work.counters, 1);
+    __syncthreads();
+    const int kv_head = taken % sizes.kv_heads, item_index = taken / sizes.kv_heads;
+    if (item_index >= work.counters[1]) return;
+    const int4 item = work.items[item_index];
+    const int tile = item.x, end_row = item.z, k0 = tile * kKeys;
+    const bool several = item.w;
+
+    const auto load_rows = [&](int first, int stage) {
+      const uint32_t q_smem = smem_address(q_tiles) + stage * Tiles::kStageBytes;
+      CopyQ::load_rows(q_smem, call.q, args.rows, first, kv_head, sizes.head_dim);
+      CopyO::load_rows(q_smem + Tiles::kQBytes, call.grad_out, args.rows, first, kv_head, sizes.value_dim);
+      constexpr int kVectors = kRows / 4;  // of 16 bytes in each statistic
+      if (threadIdx.x < 2 * kVectors) {
+        const int which = threadIdx.x / kVectors, i = threadIdx.x % kVectors;
+        const float* from = (which ? work.delta : work.log2_sum) + static_cast<int64_t>(kv_head) * work.padded_rows;
+        copy_async_16(smem_address(stats) + stage * Tiles::kStatBytes + which * kRows * 4 + i * 16,
+                      from + first + i * 4, true);
+      }
+      copy_async_commit();
+    };
+
+    CopyK::load_keys(k_smem, call.k, k0, sizes.keys, kv_head, sizes.head_dim);
+    CopyV::load_keys(v_smem, call.v, k0, sizes.keys, kv_head, sizes.value_dim);
+    if (item.y < end_row) load_rows(item.y, 0);
+    else copy_async_commit();
+
+    // The packed rows that see this thread's two keys, and the tile's bounds for "needs no mask".
+    const int group = args.rows.group.divisor;
+    int2 seen[2];
+    int key_depth[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = k0 + key_group * 16 + h * 8 + lane / 4;
+      const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
+      seen[h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
+      key_depth[h] = mask.window && key < sizes.keys ? mask.k_depth[key] : 0;
+    }
+    const KeySpan keys = KeySpan::load(mask, k0, min(k0 + kKeys, sizes.keys));
+    const int full_from = keys.begin.high * group;
+    const int full_to = k0 + kKeys <= sizes.keys ? keys.end.low * group : 0;
+
+    float dk[1][kDim / 8 / kHalves][4], dv[1][kValueDim / 8 / kHalves][4];
+    clear(dk);
+    clear(dv);
+
+    int stage = 0;
+    for (int row0 = item.y; row0 < end_row; row0 += kRows) {
+      copy_async_wait<0>();
+      __syncthreads();  // Q and dO are here (and K and V); the tile before is finished with the other stage and with dS
+      if (Tiles::kStages == 2 && row0 + kRows < end_row) load_rows(row0 + kRows, stage ^ 1);
+      const uint32_t q_smem = smem_address(q_tiles) + stage * Tiles::kStageBytes, o_smem = q_smem + Tiles::kQBytes;
+      const float* log2_sums = reinterpret_cast<const float*>(stats + stage * Tiles::kStatBytes);
+
+      bool needed = true, full = row0 >= full_from && row0 + kRows <= full_to;
+      if (mask.window) {
+        const int last = min(row0 + kRows, args.rows.count) - 1;
+        const RowSpan rows = row_span(mask, args.rows.token(row0), args.rows.token(last) + 1);
+        needed = keys.needed(mask, rows);
+        full = full && keys.full(mask, rows);
+      }
+      if (needed) {
+        float s[1][kRowTiles8][4], d[1][kRowTiles8][4];  // keys x rows
+        clear(s);
+        clear(d);
+        product_transposed<T, kDim>(s, k_smem, key_group * 16, q_smem, 0);
+        product_transposed<T, kValueDim>(d, v_smem, key_group * 16, o_smem, 0);
+
+#pragma unroll
+        for (int n = 0; n < kRowTiles8; ++n) {
+          const int col = n * 8 + (lane % 4) * 2;
+          const float2 sums = *reinterpret_cast<const float2*>(log2_sums + col);
+          const float2 deltas = *reinterpret_cast<const float2*>(log2_sums + kRows + col);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float score = s[0][n][e], slope = 1.f;
+            if (args.scaling.capped) {
+              score = tanh_accurate(args.scaling.inner_scale * score);
+              slope = 1.f - score * score;
+            }
+            const float p = exp2_approx(score * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
+            d[0][n][e] = p * (d[0][n][e] - (e % 2 ? deltas.y : deltas.x)) * slope;
+            s[0][n][e] = p;
+          }
+        }
+        if (!full) {
+#pragma unroll
+          for (int n = 0; n < kRowTiles8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int row = row0 + n * 8 + (lane % 4) * 2 + e % 2;
+              bool visible = row >= seen[e / 2].x && row < seen[e / 2].y;
+              if (mask.window && visible)
+                visible = __ldg(mask.q_depth + args.rows.token(row)) - key_depth[e / 2] < mask.window;
+              if (!visible) s[0][n][e] = 0.f, d[0][n][e] = 0.f;
+            }
+        }
+
+        uint32_t p[1][kRowTiles8 / 2][4];
+        to_operand<T>(p, s);
+        product_registers<T, kValueDim>(dv, p, o_smem, half * (kValueDim / 8 / kHalves));
+        to_operand<T>(p, d);
+        if (half == 0 && !call.deterministic) {
+#pragma unroll
+          for (int n = 0; n < kRowTiles8; ++n)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              *reinterpret_cast<uint32_t*>(s_tile + TileS::offset(key_group * 16 + h * 8 + lane / 4, n) +
+                                           (lane % 4) * 4) = p[0][n / 2][(n % 2) * 2 + h];
+        }
+        product_registers<T, kDim>(dk, p, q_smem, half * (kDim / 8 / kHalves));
+
+        if (!call.deterministic) {
+          __syncthreads();  // dS is here
+          float dq[Tiles::kDqRowTiles][Tiles::kDqColumns / 8][4];
+          clear(dq);
+          const int dq_rows = warp / Tiles::kDqColumnGroups * Tiles::kDqRowTiles;  // in tiles of 16
+          const int dq_chunk = warp % Tiles::kDqColumnGroups * (Tiles::kDqColumns / 8);
+          const uint32_t s_lane = s_smem + TileS::offset(LaneColMajor::row(lane), LaneColMajor::chunk(lane));
+          const uint32_t k_lane =
+              rederive(k_smem + SmemTile<kDim>::offset(LaneRowMajor::row(lane), LaneRowMajor::chunk(lane)));
+#pragma unroll
+          for (int step = 0; step < kKeys / 16; ++step) {
+            uint32_t a[Tiles::kDqRowTiles][4];
+#pragma unroll
+            for (int m = 0; m < Tiles::kDqRowTiles; ++m)
+              load_matrix_x4_transposed(a[m], TileS::advance(s_lane, (dq_rows + m) * 2) + step * 16 * TileS::kPitch);
+#pragma unroll
+            for (int n = 0; n < Tiles::kDqColumns / 16; ++n) {
+              uint32_t b[4];
+              load_matrix_x4_transposed(
+                  b, SmemTile<kDim>::advance(k_lane, dq_chunk + n * 2) + step * 16 * SmemTile<kDim>::kPitch);
+#pragma unroll
+              for (int m = 0; m < Tiles::kDqRowTiles; ++m) {
+                Element<T>::mma(dq[m][2 * n], a[m], b[0], b[1]);
+                Element<T>::mma(dq[m][2 * n + 1], a[m], b[2], b[3]);
+              }
+            }
+          }
+          add_registers<Tiles::kDqRegisters>(grad_q_of<Tiles>(work, kv_head, row0), &dq[0][0][0]);
+        }
+      }
+      if (Tiles::kStages == 2) {
+        stage ^= 1;
+      } else if (row0 + kRows < end_row) {
+        __syncthreads();  // everybody is finished with Q and dO
+        load_rows(row0 + kRows, 0);
+      }
+    }
+
+    if (several) {
+      float* to = grad_kv_of<Tiles>(args, kv_head, tile);
+      add_registers<Tiles::kDkRegisters>(to, &dk[0][0][0]);
+      add_registers<Tiles::kDvRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0][0]);
+    } else {
+      copy_async_wait<0>();
+      __syncthreads();  // K and V have been read; their place takes dK and dV
+      store_grad_kv<Tiles>(args, k_tile, v_tile, kv_head, k0, dk, dv);
+    }
+  }
+}
+
+// -- after: float32 sums to the type of the gradients -----------------------------------------------------------------------
+
+template <typename Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads) finish_q_kernel(const __grid_constant__ BackwardArguments args) {
+  using T = typename Tiles::T;
+  __shared__ __align__(1024) char tile[Tiles::kQBytes];
+  const int first = blockIdx.x * Tiles::kRows, kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
+  float dq[Tiles::kDqRowTiles][Tiles::kDqColumns / 8][4];
+  read_registers<Tiles::kDqRegisters>(&dq[0][0][0], grad_q_of<Tiles>(args.work, kv_head, first));
+#pragma unroll
+  for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
+  store_accumulators<T, Tiles::kDim>(tile, warp / Tiles::kDqColumnGroups * Tiles::kDqRowTiles * 16,
+                                     warp % Tiles::kDqColumnGroups * (Tiles::kDqColumns / 8), dq);
+  __syncthreads();
+  TileCopy<T, Tiles::kDim, Tiles::kRows, Tiles::kThreads>::store_rows(tile, args.call.grad_q, args.rows, first, kv_head,
+                                                                      args.call.sizes.head_dim);
+}
+
+// For key tiles of several items: kFinish false clears their float32 sums before, true converts them after.
+template <typename Tiles, bool kFinish>
+__global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __grid_constant__ BackwardArguments args) {
+  const Sizes& sizes = args.call.sizes;
+  const int tile = blockIdx.x, kv_head = blockIdx.y, k0 = tile * Tiles::kKeys;
+  const KeySpan keys = KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
+  const int2 rows = rows_of_tile(args, keys, Tiles::kRows);
+  if (rows.y - rows.x <= kItemRows) return;
+
+  float* sums = grad_kv_of<Tiles>(args, kv_head, tile);
+  if constexpr (!kFinish) {
+    constexpr int kVectors = (Tiles::kDkRegisters + Tiles::kDvRegisters) / 4;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      reinterpret_cast<float4*>(sums)[i * kWarp + threadIdx.x % kWarp] = {0.f, 0.f, 0.f, 0.f};
+  } else {
+    extern __shared__ __align__(1024) char smem[];
+    float dk[1][Tiles::kDim / 8 / Tiles::kHalves][4], dv[1][Tiles::kValueDim / 8 / Tiles::kHalves][4];
+    read_registers<Tiles::kDkRegisters>(&dk[0][0][0], sums);
+    read_registers<Tiles::kDvRegisters>(&dv[0][0][0], sums + Tiles::kDkRegisters * kWarp);
+    store_grad_kv<Tiles>(args, smem, smem + Tiles::kKBytes, kv_head, k0, dk, dv);
+  }
+}
+
+// -- launch -------------------------------------------------------------------------------------------------------------------
+
+template <typename Tiles>
+cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
+  using T = typename Tiles::T;
+  const BackwardArguments args(call, Tiles::kDim, Tiles::kValueDim, Tiles::kKeys);
+  const Sizes& sizes = call.sizes;
+  const unsigned key_tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = sizes.kv_heads;
+
+  int device = 0, processors = 0, blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(backward_kernel<Tiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, backward_kernel<Tiles>, Tiles::kThreads, Tiles::kSmem);
+  constexpr int kFinishSmem = Tiles::kKBytes + Tiles::kVBytes;
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(split_tiles_kernel<Tiles, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kFinishSmem);
+  if (error != cudaSuccess) return error;
+
+  constexpr int kPrepareWarps = 8;
+  const dim3 prepare_grid((args.work.padded_rows + kPrepareWarps - 1) / kPrepareWarps, kv_heads);
+  prepare_rows_kernel<T><<<prepare_grid, kPrepareWarps * kWarp, 0, stream>>>(args);
+  plan_items_kernel<Tiles><<<1, 1024, 0, stream>>>(args);
+  if (!call.deterministic) {
+    const size_t bytes = size_t{kv_heads} * args.work.padded_rows * Tiles::kDim * sizeof(float);
+    if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;
+    split_tiles_kernel<Tiles, false><<<dim3(key_tiles, kv_heads), Tiles::kThreads, 0, stream>>>(args);
+  }
+  const unsigned grid = min(static_cast<unsigned>(processors * max(blocks, 1)), args.work.max_items * kv_heads);
+  backward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
+  if (!call.deterministic) {
+    finish_q_kernel<Tiles><<<dim3(args.work.padded_rows / Tiles::kRows, kv_heads), Tiles::kThreads, 0, stream>>>(args);
+    split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), Tiles::kThreads, kFinishSmem, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace tree_attn::portable
