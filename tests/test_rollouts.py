@@ -52,6 +52,12 @@ class TestShippedFile:
             answered = {bytes(a[: common(a, b)]).count(b"<|tool|>") for a, b in pairwise(family)}
             assert len(answered) >= 2, f"{group} branches after {answered} tool calls only"
 
+    def test_readme_beside_it_has_its_numbers(self, shipped):
+        readme = SHIPPED.with_name("README.md").read_text("utf-8")
+        prefixes = {hash(r.tokens[: i + 1]) for r in shipped for i in range(len(r.tokens))}
+        for number in (sum(len(r.tokens) for r in shipped), len(prefixes)):
+            assert f"{number:,}".replace(",", " ") in readme
+
     def test_loss_counts_the_agents_turns_and_nothing_else(self, shipped):
         for r in shipped:
             raw = bytes(r.tokens)
