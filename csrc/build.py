@@ -36,15 +36,9 @@ OLDEST_NVCC = (12, 4)
 OLDEST_TORCH = (2, 9)
 COMMAND = "TREE_ATTN_CUDA=1 pip install --no-build-isolation -e ."
 
-# Kernels are templates; a source listed here is compiled once for each dtype and each class of (head_dim, value_dim),
-# so that no file takes minutes. Every other source is compiled once.
+# Kernels are templates. A source that names TA_HEAD_DIM is compiled once for each dtype and each class of head dims
+# that instances.h beside it lists, so that no file takes minutes; every other source is compiled once.
 DTYPES = {"f16": 0, "bf16": 1}  # the values of DType in params.h
-HEAD_DIM_CLASSES = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-PER_CLASS = {
-    "portable/forward.cu": HEAD_DIM_CLASSES,
-    "portable/backward.cu": HEAD_DIM_CLASSES,
-    "portable/backward_dq.cu": HEAD_DIM_CLASSES,
-}
 HOPPER = "hopper/"  # sources below it are compiled for 90a alone, and only if 90a is asked for
 
 
@@ -177,13 +171,23 @@ def objects(csrc: Path, archs: list[Arch]) -> list[Object]:
                 continue
             gencode = [Arch("90a", False).gencode()]
         stem = source.removesuffix(".cu")
-        if source not in PER_CLASS:
+        if "TA_HEAD_DIM" not in path.read_text():
             found.append(Object(source, stem, gencode))
-        for head_dim, value_dim in PER_CLASS.get(source, ()):
+            continue
+        for head_dim, value_dim in _classes(path.with_name("instances.h")):
             for dtype, number in DTYPES.items():
                 defines = [f"-DTA_DTYPE={number}", f"-DTA_HEAD_DIM={head_dim}", f"-DTA_VALUE_DIM={value_dim}"]
                 found.append(Object(source, f"{stem}.{dtype}.{head_dim}x{value_dim}", [*gencode, *defines]))
     return [*sorted(found, key=lambda o: (-_weight(o.name), o.name)), Object("ops.cpp", "ops", [])]
+
+
+def _classes(instances: Path) -> list[tuple[int, int]]:
+    """``(head_dim, value_dim)`` of each ``X(head_dim, value_dim)`` in the list ``TREE_ATTN_CLASSES``."""
+    listed = re.search(r"#define TREE_ATTN_(?:HOPPER_)?CLASSES\(X\)((?:.*\\\n)*.*)", instances.read_text())
+    classes = re.findall(r"X\((\d+),\s*(\d+)\)", listed[1]) if listed else []
+    if not classes:
+        raise BuildError(f"{instances} lists no TREE_ATTN_CLASSES")
+    return [(int(head_dim), int(value_dim)) for head_dim, value_dim in classes]
 
 
 def _with_hopper(csrc: Path, archs: list[Arch]) -> bool:
@@ -198,7 +202,7 @@ def _weight(name: str) -> int:
 
 def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[Arch], namespace: str) -> str:
     root = csrc.parent
-    compress = ["--compress-mode=size"] if nvcc.version >= (12, 8) else []
+    compress = "--compress-mode=size" if nvcc.version >= (12, 8) else "-Xfatbin=-compress-all"
     host = [f"-ccbin={shlex.quote(os.environ['CXX'])}"] if os.environ.get("CXX") else []
     flags = [
         *host,
@@ -210,7 +214,7 @@ def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[A
         f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map={torch}=torch,-ffile-prefix-map={root}/=",
         f"-I{_relative(csrc, root)}",
         f"-DTREE_ATTN_HOPPER={int(_with_hopper(csrc, archs))}",
-        *compress,
+        compress,
     ]
     include = torch / "include"
     ops = [

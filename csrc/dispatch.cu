@@ -3,11 +3,27 @@
 
 #include <algorithm>
 
+#include "hopper/instances.h"
 #include "portable/backward.cuh"
 #include "portable/instances.h"
 
 namespace tree_attn {
 namespace {
+
+// Does the library hold the Hopper kernels, and the device run them? A tile holds whole tokens, so a group has at most 128
+// heads; a scale that is not positive is left to the portable kernels.
+bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config) {
+#if TREE_ATTN_HOPPER
+  int device = 0, major = 0, minor = 0;
+  if (config.path == Path::kPortable || s.heads / s.kv_heads > 128 || !(scale > 0.f || softcap != 0.f)) return false;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
+  return major == 9 && minor == 0 && s.head_dim <= 128 && s.value_dim <= 128;
+#else
+  return false;
+#endif
+}
 
 // Calls run(dim, value_dim) with the smallest compiled class that holds the dimensions, as integral constants.
 template <typename Run>
@@ -47,7 +63,17 @@ cudaError_t portable_backward(const Backward& call, int max_smem, cudaStream_t s
 }  // namespace
 
 cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stream) {
-  if (!supported(call.sizes) || config.path == Path::kHopper) return cudaErrorInvalidValue;
+  if (!supported(call.sizes)) return cudaErrorInvalidValue;
+#if TREE_ATTN_HOPPER
+  if (on_hopper(call.sizes, call.scale, call.softcap, config)) {
+#define TREE_ATTN_TRY(D, DV)                                              \
+  if (call.sizes.head_dim <= D && call.sizes.value_dim <= DV)             \
+    return call.dtype == DType::kFloat16 ? hopper::launch_forward<__half, D, DV>(call, stream) \
+                                         : hopper::launch_forward<__nv_bfloat16, D, DV>(call, stream);
+    TREE_ATTN_HOPPER_CLASSES(TREE_ATTN_TRY)
+#undef TREE_ATTN_TRY
+  }
+#endif
   return with_class(call.sizes, [&](auto dim, auto value_dim) {
     return call.dtype == DType::kFloat16 ? portable::launch_forward<__half, dim(), value_dim()>(call, stream)
                                          : portable::launch_forward<__nv_bfloat16, dim(), value_dim()>(call, stream);
@@ -55,7 +81,7 @@ cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stre
 }
 
 cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream) {
-  if (!supported(call.sizes) || config.path == Path::kHopper) return cudaErrorInvalidValue;
+  if (!supported(call.sizes)) return cudaErrorInvalidValue;
   int max_smem = 0;
   const cudaError_t error = shared_memory_limit(config, &max_smem);
   if (error != cudaSuccess) return error;
@@ -70,6 +96,8 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
   });
 }
 
-const char* path_name(const Sizes&, const Config&) { return "portable"; }
+const char* path_name(const Sizes& sizes, const Config& config) {
+  return on_hopper(sizes, 1.f, 0.f, config) ? "hopper" : "portable";
+}
 
 }  // namespace tree_attn

@@ -114,6 +114,11 @@ struct MaskTensors {
   const Tensor& k_depth_bounds;
 };
 
+int32_t device_of(const Tensor& q) {
+  if (!q.is_cuda()) fail("q is not on a GPU");
+  return q.get_device_index();
+}
+
 // What forward and backward share: sizes, dtype, options, device and stream.
 struct Call {
   torch::stable::accelerator::DeviceGuard guard;
@@ -126,7 +131,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& m, int64_t window, int64_t path,
        int64_t max_smem)
-      : guard(q.get_device_index()), device(q.get_device_index()), dtype(dtype_of(q)) {
+      : guard(device_of(q)), device(device_of(q)), dtype(dtype_of(q)) {
     // The runtime in this library has a current device of its own, and follows torch's only by way of the driver.
     check_cuda(cudaSetDevice(device), "selecting the device");
     if (q.dim() != 3 || k.dim() != 3 || v.dim() != 3) fail("q, k and v are (tokens, heads, dim) tensors");

@@ -3,13 +3,15 @@
 //   for each row tile:  S' = K Q^T;  P' = exp(S' - lse);  D' = V dO^T;  dS' = P' (D' - delta)
 //                       dV += P' dO;  dK += dS' Q;  dQ[row tile] += dS'^T K
 //
-// S' and D' are computed transposed (keys x rows), so that P' and dS' stay in registers as the left operand of dV and dK;
-// only dS' goes through shared memory, for dQ. dQ is added up in float32 in global memory, in the order of the registers
-// (256 contiguous bytes or more a warp), and converted at the end.
+// Two warps share a group of keys: each computes S' and D' of half of the rows (keys x rows, transposed), P' and dS' meet
+// in shared memory, and each adds up half of the columns of dK and dV. That is the division with the fewest bytes read
+// from shared memory, which is what bounds this kernel. dQ is added up in float32 in global memory, in the order of the
+// registers (contiguous for a warp), and converted at the end.
 //
 // A key tile's rows are one contiguous range of very different length (a shared prompt: all rows; a leaf: its own), so
-// ranges are cut into items of at most kItemRows rows, and blocks take the longest items first from a counter. Tiles of
-// several items add up dK and dV in float32 like dQ.
+// the rows are cut into bands of kBandRows, and an item of work is one key tile against one band. Blocks take items from a
+// counter, band by band: those that run side by side then read the same Q and dO and add to the same dQ, which stays in
+// L2. Tiles that reach into several bands add up dK and dV in float32 like dQ.
 #pragma once
 
 #include "tiles.cuh"
@@ -20,9 +22,11 @@ template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kRows_, int kS
 struct BackwardTiles {
   using T = T_;
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_, kRows = kRows_, kStages = kStages_;
-  // Beyond dim 128 two warps share 16 keys, each with half of the columns of dK and dV, or these would not fit registers.
-  static constexpr int kHalves = kDim > 128 ? 2 : 1;
-  static constexpr int kWarps = kKeys / 16 * kHalves, kThreads = kWarps * kWarp;
+  static constexpr int kKeyTiles = kDim > 128 ? 1 : 2;  // of 16 keys, in a group; dK and dV take the registers
+  static constexpr int kGroupKeys = 16 * kKeyTiles, kHalfRows = kRows / 2;
+  static constexpr int kDkTiles = kDim / 16, kDvTiles = kValueDim / 16;  // of 8 columns, in half of the columns
+  static constexpr int kWarps = kKeys / kGroupKeys * 2, kThreads = kWarps * kWarp;
+  static_assert(kHalfRows % 16 == 0 && kDkTiles % 2 == 0 && kDvTiles % 2 == 0);
 
   // How the warps divide dQ (kRows x kDim): 32 rows each if the columns then come out as multiples of 16.
   static constexpr bool kTallDq = kRows >= 32 && kDim % (kWarps / (kRows / 32) * 16) == 0;
@@ -35,7 +39,7 @@ struct BackwardTiles {
   static constexpr int kQBytes = kRows * kDim * 2, kOBytes = kRows * kValueDim * 2, kStatBytes = kRows * 2 * 4;
   static constexpr int kStageBytes = kQBytes + kOBytes;
   static constexpr int kSBytes = kKeys * kRows * 2;
-  static constexpr int kSmem = kKBytes + kVBytes + kStages * (kStageBytes + kStatBytes) + kSBytes + 16;
+  static constexpr int kSmem = kKBytes + kVBytes + kStages * (kStageBytes + kStatBytes) + 2 * kSBytes;
 
   // Registers of one thread that are added up in global memory.
   static constexpr int kDqRegisters = kRows * kDim / kThreads;
@@ -43,7 +47,7 @@ struct BackwardTiles {
 };
 
 constexpr int kSmallestKeys = 32;  // keys a tile has at least
-constexpr int kItemRows = 6144;  // packed rows an item has at most; a multiple of every kRows
+constexpr int kBandRows = 4096;  // packed rows; a multiple of every kRows
 
 // The workspace of one call, cut into arrays. `count` is packed rows rounded up to row_padding.
 struct Workspace {
@@ -52,9 +56,12 @@ struct Workspace {
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
-  int4* items;      // (key tile, first row, end row, 1 if the tile has other items), heaviest first
   int* counters;    // [0] items taken, [1] items
+  int* band_items;  // (2 bands + 1) items before those of each band: first the bands that tiles fill, then the others
+  int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
+  int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
   int padded_rows;
+  int bands;
   int max_items;
   int64_t bytes;
 
@@ -63,7 +70,8 @@ struct Workspace {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
     const int64_t padded_keys = (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
-    max_items = static_cast<int>(tiles * (deterministic ? 1 : (rows + kItemRows - 1) / kItemRows + 1));
+    bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
+    max_items = static_cast<int>(tiles * bands);
     bytes = 0;
     auto take = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
@@ -74,7 +82,9 @@ struct Workspace {
     take(delta, s.kv_heads * int64_t{padded_rows});
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
     take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys * (dim + value_dim));
-    take(items, max_items);  // last: the only array whose size depends on keys_per_tile
+    take(band_items, 2 * bands + 1);
+    take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
+    take(items, max_items);
   }
 };
 
@@ -201,52 +211,67 @@ __device__ __forceinline__ int2 rows_of_tile(const BackwardArguments& args, cons
   return {low, min(keys.end.high, args.call.sizes.rows) * group};
 }
 
-// One block: cuts the row range of every key tile into items and writes them in four classes of length, longest first.
+// How many bands the rows of a tile touch. In deterministic calls there is one band, of all rows.
+__device__ __forceinline__ bool in_several_bands(int2 rows) {
+  return rows.y > rows.x && rows.x / kBandRows != (rows.y - 1) / kBandRows;
+}
+
+// One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
+// of bands and of key tiles, so it does not change from run to run.
 template <typename Tiles>
 __global__ void plan_items_kernel(const __grid_constant__ BackwardArguments args) {
-  constexpr int kClasses = 4;
-  __shared__ int cursor[kClasses];
   const Sizes& sizes = args.call.sizes;
+  const Workspace& work = args.work;
   const int tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
-  const int item_rows = args.call.deterministic ? 0x7fffffff - Tiles::kRows : kItemRows;
-  const auto class_of = [](int rows) { return max(0, kClasses - 1 - rows * kClasses / (kItemRows + 1)); };
-  const auto each_tile = [&](auto&& visit) {
-    for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
-      const int k0 = tile * Tiles::kKeys;
-      const KeySpan keys = KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
-      const int2 rows = rows_of_tile(args, keys, Tiles::kRows);
-      const int length = max(0, rows.y - rows.x), whole = length / item_rows, rest = length - whole * item_rows;
-      visit(tile, rows.x, rows.y, whole, rest);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
+    const int k0 = tile * Tiles::kKeys;
+    work.tile_rows[tile] =
+        rows_of_tile(args, KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys)), Tiles::kRows);
+  }
+  __syncthreads();
+
+  // visit(band, tile, first, end, is an item, fills the band) for all tiles, one warp a band, lanes side by side on tiles.
+  const auto each = [&](auto&& visit) {
+    for (int band = warp; band < work.bands; band += warps) {
+      const int low = work.bands == 1 ? 0 : band * kBandRows;
+      const int high = work.bands == 1 ? 0x7fffffff : low + kBandRows;
+      for (int tile0 = 0; tile0 < tiles; tile0 += kWarp) {
+        const int2 rows = tile0 + lane < tiles ? work.tile_rows[tile0 + lane] : int2{0, 0};
+        const int first = max(rows.x, low), end = min(rows.y, high);
+        // A tile that nobody sees still gets an item, which writes its zeros.
+        const bool empty = tile0 + lane < tiles && rows.y <= rows.x && band == 0;
+        visit(band, tile0, first, empty ? first : end, empty || first < end, first == low && end == high, rows);
+      }
     }
     __syncthreads();
   };
 
-  if (threadIdx.x < kClasses) cursor[threadIdx.x] = 0;
+  for (int i = threadIdx.x; i <= 2 * work.bands; i += blockDim.x) work.band_items[i] = 0;
   __syncthreads();
-  each_tile([&](int, int, int, int whole, int rest) {
-    if (whole > 0) atomicAdd(&cursor[0], whole);
-    // A tile that nobody sees still gets an item, which writes its zeros.
-    if (rest > 0 || whole == 0) atomicAdd(&cursor[class_of(min(rest, kItemRows))], 1);
+  each([&](int band, int, int, int, bool item, bool whole, int2) {
+    const int wholes = __popc(__ballot_sync(~0u, item && whole)), parts = __popc(__ballot_sync(~0u, item && !whole));
+    if (lane == 0) work.band_items[band] += wholes, work.band_items[work.bands + band] += parts;
   });
   if (threadIdx.x == 0) {
     int sum = 0;
-    for (int c = 0; c < kClasses; ++c) {
-      const int count = cursor[c];
-      cursor[c] = sum;
+    for (int i = 0; i <= 2 * work.bands; ++i) {
+      const int count = work.band_items[i];
+      work.band_items[i] = sum;
       sum += count;
     }
-    args.work.counters[0] = 0;
-    args.work.counters[1] = sum;
+    work.counters[0] = 0;
+    work.counters[1] = sum;
   }
   __syncthreads();
-  each_tile([&](int tile, int low, int high, int whole, int rest) {
-    const int several = whole + (rest > 0) > 1;
-    const int at = whole > 0 ? atomicAdd(&cursor[0], whole) : 0;
-    for (int i = 0; i < whole; ++i)
-      args.work.items[at + i] = {tile, low + i * item_rows, low + (i + 1) * item_rows, several};
-    if (rest > 0 || whole == 0)
-      args.work.items[atomicAdd(&cursor[class_of(min(rest, kItemRows))], 1)] = {tile, low + whole * item_rows,
-                                                                               max(high, low), several};
+  each([&](int band, int tile0, int first, int end, bool item, bool whole, int2 rows) {
+    const uint32_t wholes = __ballot_sync(~0u, item && whole), parts = __ballot_sync(~0u, item && !whole);
+    int* const cursor = &work.band_items[band + (whole ? 0 : work.bands)];
+    const int at = *cursor + __popc((whole ? wholes : parts) & ((1u << lane) - 1));
+    if (item) work.items[at] = {tile0 + lane, first, max(first, end), work.bands > 1 && in_several_bands(rows)};
+    __syncwarp();
+    if (lane == 0) work.band_items[band] += __popc(wholes), work.band_items[work.bands + band] += __popc(parts);
+    __syncwarp();
   });
 }
 
@@ -255,17 +280,15 @@ __global__ void plan_items_kernel(const __grid_constant__ BackwardArguments args
 // dK and dV registers -> smem -> gmem.
 template <typename Tiles>
 __device__ __forceinline__ void store_grad_kv(const BackwardArguments& args, char* k_tile, char* v_tile, int kv_head,
-                                              int k0, float (&dk)[1][Tiles::kDim / 8 / Tiles::kHalves][4],
-                                              float (&dv)[1][Tiles::kValueDim / 8 / Tiles::kHalves][4]) {
+                                              int k0, float (&dk)[Tiles::kKeyTiles][Tiles::kDkTiles][4],
+                                              float (&dv)[Tiles::kKeyTiles][Tiles::kDvTiles][4]) {
   using T = typename Tiles::T;
   const Sizes& sizes = args.call.sizes;
-  const int warp = threadIdx.x / kWarp, key_group = warp / Tiles::kHalves, half = warp % Tiles::kHalves;
+  const int warp = threadIdx.x / kWarp, first_key = warp / 2 * Tiles::kGroupKeys, half = warp % 2;
 #pragma unroll
-  for (int n = 0; n < Tiles::kDim / 8 / Tiles::kHalves; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) dk[0][n][e] *= args.scaling.scale;
-  store_accumulators<T, Tiles::kDim>(k_tile, key_group * 16, half * (Tiles::kDim / 8 / Tiles::kHalves), dk);
-  store_accumulators<T, Tiles::kValueDim>(v_tile, key_group * 16, half * (Tiles::kValueDim / 8 / Tiles::kHalves), dv);
+  for (int i = 0; i < Tiles::kDkRegisters; ++i) (&dk[0][0][0])[i] *= args.scaling.scale;
+  store_accumulators<T, Tiles::kDim>(k_tile, first_key, half * Tiles::kDkTiles, dk);
+  store_accumulators<T, Tiles::kValueDim>(v_tile, first_key, half * Tiles::kDvTiles, dv);
   __syncthreads();
   TileCopy<T, Tiles::kDim, Tiles::kKeys, Tiles::kThreads>::store_keys(k_tile, args.call.grad_k, k0, sizes.keys, kv_head,
                                                                       sizes.head_dim);
@@ -277,7 +300,7 @@ template <typename Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments args) {
   using T = typename Tiles::T;
   constexpr int kDim = Tiles::kDim, kValueDim = Tiles::kValueDim, kKeys = Tiles::kKeys, kRows = Tiles::kRows;
-  constexpr int kRowTiles8 = kRows / 8, kHalves = Tiles::kHalves;
+  constexpr int kKeyTiles = Tiles::kKeyTiles, kHalfRows = Tiles::kHalfRows, kRowTiles = kHalfRows / 8;
   using CopyK = TileCopy<T, kDim, kKeys, Tiles::kThreads>;
   using CopyV = TileCopy<T, kValueDim, kKeys, Tiles::kThreads>;
   using CopyQ = TileCopy<T, kDim, kRows, Tiles::kThreads>;
@@ -289,26 +312,30 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
   const Mask& mask = call.mask;
   const Workspace& work = args.work;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int key_group = warp / kHalves, half = warp % kHalves;  // 16 keys, and which columns of dK and dV
+  const int first_key = warp / 2 * Tiles::kGroupKeys, half = warp % 2;  // half of the rows, and of the columns of dK, dV
 
   extern __shared__ __align__(1024) char smem[];
   char* const k_tile = smem;
   char* const v_tile = k_tile + Tiles::kKBytes;
   char* const q_tiles = v_tile + Tiles::kVBytes;
-  char* const s_tile = q_tiles + Tiles::kStages * Tiles::kStageBytes;
+  char* const p_tile = q_tiles + Tiles::kStages * Tiles::kStageBytes;
+  char* const s_tile = p_tile + Tiles::kSBytes;
   char* const stats = s_tile + Tiles::kSBytes;
-  int& taken = *reinterpret_cast<int*>(stats + Tiles::kStages * Tiles::kStatBytes);
-  const uint32_t k_smem = smem_address(k_tile), v_smem = smem_address(v_tile), s_smem = smem_address(s_tile);
+  int& taken = *reinterpret_cast<int*>(p_tile);  // the item, while no row tile is computed
+  const uint32_t k_smem = smem_address(k_tile), v_smem = smem_address(v_tile);
+  const uint32_t p_smem = smem_address(p_tile), s_smem = smem_address(s_tile);
 
   for (;;) {
     __syncthreads();  // the item before is finished with shared memory
     if (threadIdx.x == 0) taken = atomicAdd(work.counters, 1);
     __syncthreads();
-    const int kv_head = taken % sizes.kv_heads, item_index = taken / sizes.kv_heads;
-    if (item_index >= work.counters[1]) return;
-    const int4 item = work.items[item_index];
-    const int tile = item.x, end_row = item.z, k0 = tile * kKeys;
+    const int items = work.counters[1], kv_head = taken / items;
+    if (kv_head >= sizes.kv_heads) return;
+    const int4 item = work.items[taken - kv_head * items];
+    const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const bool several = item.w;
+    // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
+    const auto row_of = [&](int i) { return item.y + (i + tile) % row_tiles * kRows; };
 
     const auto load_rows = [&](int first, int stage) {
       const uint32_t q_smem = smem_address(q_tiles) + stage * Tiles::kStageBytes;
@@ -326,33 +353,36 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
 
     CopyK::load_keys(k_smem, call.k, k0, sizes.keys, kv_head, sizes.head_dim);
     CopyV::load_keys(v_smem, call.v, k0, sizes.keys, kv_head, sizes.value_dim);
-    if (item.y < end_row) load_rows(item.y, 0);
+    if (row_tiles > 0) load_rows(row_of(0), 0);
     else copy_async_commit();
 
-    // The packed rows that see this thread's two keys, and the tile's bounds for "needs no mask".
+    // The packed rows that see this thread's keys, and the tile's bounds for "needs no mask".
     const int group = args.rows.group.divisor;
-    int2 seen[2];
-    int key_depth[2];
+    int2 seen[kKeyTiles][2];
+    int key_depth[kKeyTiles][2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = k0 + key_group * 16 + h * 8 + lane / 4;
-      const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
-      seen[h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
-      key_depth[h] = mask.window && key < sizes.keys ? mask.k_depth[key] : 0;
-    }
+    for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int key = k0 + first_key + m * 16 + h * 8 + lane / 4;
+        const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
+        seen[m][h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
+        key_depth[m][h] = mask.window && key < sizes.keys ? mask.k_depth[key] : 0;
+      }
     const KeySpan keys = KeySpan::load(mask, k0, min(k0 + kKeys, sizes.keys));
     const int full_from = keys.begin.high * group;
     const int full_to = k0 + kKeys <= sizes.keys ? keys.end.low * group : 0;
 
-    float dk[1][kDim / 8 / kHalves][4], dv[1][kValueDim / 8 / kHalves][4];
+    float dk[kKeyTiles][Tiles::kDkTiles][4], dv[kKeyTiles][Tiles::kDvTiles][4];
     clear(dk);
     clear(dv);
 
     int stage = 0;
-    for (int row0 = item.y; row0 < end_row; row0 += kRows) {
+    for (int i = 0; i < row_tiles; ++i) {
+      const int row0 = row_of(i);
       copy_async_wait<0>();
       __syncthreads();  // Q and dO are here (and K and V); the tile before is finished with the other stage and with dS
-      if (Tiles::kStages == 2 && row0 + kRows < end_row) load_rows(row0 + kRows, stage ^ 1);
+      if (Tiles::kStages == 2 && i + 1 < row_tiles) load_rows(row_of(i + 1), stage ^ 1);
       const uint32_t q_smem = smem_address(q_tiles) + stage * Tiles::kStageBytes, o_smem = q_smem + Tiles::kQBytes;
       const float* log2_sums = reinterpret_cast<const float*>(stats + stage * Tiles::kStatBytes);
 
@@ -364,58 +394,52 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
         full = full && keys.full(mask, rows);
       }
       if (needed) {
-        float s[1][kRowTiles8][4], d[1][kRowTiles8][4];  // keys x rows
+        float s[kKeyTiles][kRowTiles][4], d[kKeyTiles][kRowTiles][4];  // keys x rows
         clear(s);
         clear(d);
-        product_transposed<T, kDim>(s, k_smem, key_group * 16, q_smem, 0);
-        product_transposed<T, kValueDim>(d, v_smem, key_group * 16, o_smem, 0);
+        product_transposed<T, kDim, 8>(s, k_smem, first_key, q_smem, half * kHalfRows);
+        product_transposed<T, kValueDim, 4>(d, v_smem, first_key, o_smem, half * kHalfRows);
 
 #pragma unroll
-        for (int n = 0; n < kRowTiles8; ++n) {
-          const int col = n * 8 + (lane % 4) * 2;
+        for (int n = 0; n < kRowTiles; ++n) {
+          const int col = half * kHalfRows + n * 8 + (lane % 4) * 2;
           const float2 sums = *reinterpret_cast<const float2*>(log2_sums + col);
           const float2 deltas = *reinterpret_cast<const float2*>(log2_sums + kRows + col);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float score = s[0][n][e], slope = 1.f;
-            if (args.scaling.capped) {
-              score = tanh_accurate(args.scaling.inner_scale * score);
-              slope = 1.f - score * score;
+          for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float score = s[m][n][e], slope = 1.f;
+              if (args.scaling.capped) {
+                score = tanh_accurate(args.scaling.inner_scale * score);
+                slope = 1.f - score * score;
+              }
+              const float p = exp2_approx(score * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
+              d[m][n][e] = p * (d[m][n][e] - (e % 2 ? deltas.y : deltas.x)) * slope;
+              s[m][n][e] = p;
             }
-            const float p = exp2_approx(score * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
-            d[0][n][e] = p * (d[0][n][e] - (e % 2 ? deltas.y : deltas.x)) * slope;
-            s[0][n][e] = p;
-          }
         }
         if (!full) {
 #pragma unroll
-          for (int n = 0; n < kRowTiles8; ++n)
+          for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int row = row0 + n * 8 + (lane % 4) * 2 + e % 2;
-              bool visible = row >= seen[e / 2].x && row < seen[e / 2].y;
-              if (mask.window && visible)
-                visible = __ldg(mask.q_depth + args.rows.token(row)) - key_depth[e / 2] < mask.window;
-              if (!visible) s[0][n][e] = 0.f, d[0][n][e] = 0.f;
-            }
+            for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int row = row0 + half * kHalfRows + n * 8 + (lane % 4) * 2 + e % 2;
+                bool visible = row >= seen[m][e / 2].x && row < seen[m][e / 2].y;
+                if (mask.window && visible)
+                  visible = __ldg(mask.q_depth + args.rows.token(row)) - key_depth[m][e / 2] < mask.window;
+                if (!visible) s[m][n][e] = 0.f, d[m][n][e] = 0.f;
+              }
         }
-
-        uint32_t p[1][kRowTiles8 / 2][4];
-        to_operand<T>(p, s);
-        product_registers<T, kValueDim>(dv, p, o_smem, half * (kValueDim / 8 / kHalves));
-        to_operand<T>(p, d);
-        if (half == 0 && !call.deterministic) {
-#pragma unroll
-          for (int n = 0; n < kRowTiles8; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              *reinterpret_cast<uint32_t*>(s_tile + TileS::offset(key_group * 16 + h * 8 + lane / 4, n) +
-                                           (lane % 4) * 4) = p[0][n / 2][(n % 2) * 2 + h];
-        }
-        product_registers<T, kDim>(dk, p, q_smem, half * (kDim / 8 / kHalves));
+        store_accumulators<T, kRows>(p_tile, first_key, half * kRowTiles, s);
+        store_accumulators<T, kRows>(s_tile, first_key, half * kRowTiles, d);
+        __syncthreads();  // P' and dS' are here
+        product<T, kRows, kValueDim>(dv, p_smem, first_key, o_smem, half * Tiles::kDvTiles);
+        product<T, kRows, kDim>(dk, s_smem, first_key, q_smem, half * Tiles::kDkTiles);
 
         if (!call.deterministic) {
-          __syncthreads();  // dS is here
           float dq[Tiles::kDqRowTiles][Tiles::kDqColumns / 8][4];
           clear(dq);
           const int dq_rows = warp / Tiles::kDqColumnGroups * Tiles::kDqRowTiles;  // in tiles of 16
@@ -446,9 +470,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
       }
       if (Tiles::kStages == 2) {
         stage ^= 1;
-      } else if (row0 + kRows < end_row) {
+      } else if (i + 1 < row_tiles) {
         __syncthreads();  // everybody is finished with Q and dO
-        load_rows(row0 + kRows, 0);
+        load_rows(row_of(i + 1), 0);
       }
     }
 
@@ -482,14 +506,13 @@ __global__ void __launch_bounds__(Tiles::kThreads) finish_q_kernel(const __grid_
                                                                       args.call.sizes.head_dim);
 }
 
-// For key tiles of several items: kFinish false clears their float32 sums before, true converts them after.
+// For key tiles in several bands: kFinish false clears their float32 sums before, true converts them after.
 template <typename Tiles, bool kFinish>
 __global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __grid_constant__ BackwardArguments args) {
   const Sizes& sizes = args.call.sizes;
   const int tile = blockIdx.x, kv_head = blockIdx.y, k0 = tile * Tiles::kKeys;
   const KeySpan keys = KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
-  const int2 rows = rows_of_tile(args, keys, Tiles::kRows);
-  if (rows.y - rows.x <= kItemRows) return;
+  if (!in_several_bands(rows_of_tile(args, keys, Tiles::kRows))) return;
 
   float* sums = grad_kv_of<Tiles>(args, kv_head, tile);
   if constexpr (!kFinish) {
@@ -499,7 +522,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __gr
       reinterpret_cast<float4*>(sums)[i * kWarp + threadIdx.x % kWarp] = {0.f, 0.f, 0.f, 0.f};
   } else {
     extern __shared__ __align__(1024) char smem[];
-    float dk[1][Tiles::kDim / 8 / Tiles::kHalves][4], dv[1][Tiles::kValueDim / 8 / Tiles::kHalves][4];
+    float dk[Tiles::kKeyTiles][Tiles::kDkTiles][4], dv[Tiles::kKeyTiles][Tiles::kDvTiles][4];
     read_registers<Tiles::kDkRegisters>(&dk[0][0][0], sums);
     read_registers<Tiles::kDvRegisters>(&dv[0][0][0], sums + Tiles::kDkRegisters * kWarp);
     store_grad_kv<Tiles>(args, smem, smem + Tiles::kKBytes, kv_head, k0, dk, dv);

@@ -117,15 +117,15 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][kCols][4]) {
 }
 
 // C (16 kRowTiles x 8 kColTiles) += A B^T, both row-major in shared memory: A's rows from a_row, B's from b_row, over
-// kDepth columns. Scores and their gradients.
-template <typename T, int kDepth, int kRowTiles, int kColTiles>
+// kDepth columns. Scores and their gradients. kUnroll steps are scheduled together: more overlap, more registers.
+template <typename T, int kDepth, int kUnroll = 4, int kRowTiles, int kColTiles>
 __device__ __forceinline__ void product_transposed(float (&c)[kRowTiles][kColTiles][4], uint32_t a, int a_row,
                                                    uint32_t b, int b_row) {
   using Tile = SmemTile<kDepth>;
   const int lane = threadIdx.x % kWarp;
   const uint32_t a_lane = rederive(a + Tile::offset(a_row + LaneRowMajor::row(lane), LaneRowMajor::chunk(lane)));
   const uint32_t b_lane = rederive(b + Tile::offset(b_row + LaneColMajor::row(lane), LaneColMajor::chunk(lane)));
-#pragma unroll 4  // more would hold more operands in flight than there are registers for
+#pragma unroll kUnroll
   for (int step = 0; step < kDepth / 16; ++step) {
     uint32_t af[kRowTiles][4];
     const uint32_t a_at = Tile::advance(a_lane, step * 2), b_at = Tile::advance(b_lane, step * 2);
@@ -135,6 +135,35 @@ __device__ __forceinline__ void product_transposed(float (&c)[kRowTiles][kColTil
     for (int n = 0; n < kColTiles / 2; ++n) {
       uint32_t bf[4];
       load_matrix_x4(bf, b_at + n * 16 * Tile::kPitch);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        Element<T>::mma(c[m][2 * n], af[m], bf[0], bf[1]);
+        Element<T>::mma(c[m][2 * n + 1], af[m], bf[2], bf[3]);
+      }
+    }
+  }
+}
+
+// C (16 kRowTiles x 8 kColTiles) += A B, both row-major in shared memory: A's rows from a_row, over all its kDepth columns;
+// B's rows from 0, its columns from chunk `first_chunk` (even). The gradients of keys and values.
+template <typename T, int kDepth, int kBCols, int kRowTiles, int kColTiles>
+__device__ __forceinline__ void product(float (&c)[kRowTiles][kColTiles][4], uint32_t a, int a_row, uint32_t b,
+                                        int first_chunk) {
+  using TileA = SmemTile<kDepth>;
+  using TileB = SmemTile<kBCols>;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t a_lane = rederive(a + TileA::offset(a_row + LaneRowMajor::row(lane), LaneRowMajor::chunk(lane)));
+  const uint32_t b_lane = rederive(b + TileB::offset(LaneRowMajor::row(lane), LaneRowMajor::chunk(lane)));
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    uint32_t af[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      load_matrix_x4(af[m], TileA::advance(a_lane, step * 2) + m * 16 * TileA::kPitch);
+#pragma unroll
+    for (int n = 0; n < kColTiles / 2; ++n) {
+      uint32_t bf[4];
+      load_matrix_x4_transposed(bf, TileB::advance(b_lane, first_chunk + n * 2) + step * 16 * TileB::kPitch);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         Element<T>::mma(c[m][2 * n], af[m], bf[0], bf[1]);

@@ -1,8 +1,26 @@
-"""The project's CUDA kernels."""
+"""The project's CUDA kernels: makes the tensors fit, allocates the results and calls the library.
+
+Allocation is torch's and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two environment variables,
+read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or ``hopper``) forces one set
+of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of a smaller GPU.
+"""
 
 from __future__ import annotations
 
-from tree_attn.registry import Backend, Request
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from tree_attn import _kernels
+from tree_attn.mask import RowRanges
+from tree_attn.registry import Backend, BackendUnavailable, Options, Request
+
+PATH_VARIABLE = "TREE_ATTN_CUDA_PATH"
+SMEM_VARIABLE = "TREE_ATTN_CUDA_SMEM"
+MAX_HEAD_DIM = 256
+_MAX_INT = 2**31 - 1
 
 
 class CudaBackend(Backend):
@@ -10,4 +28,179 @@ class CudaBackend(Backend):
     priority = 300
 
     def supports(self, request: Request) -> list[str]:
-        return ["not built: this install has no CUDA kernels"]
+        reasons = _reasons_of_inputs(request)
+        if request.device.type != "cuda":
+            return [f"runs on NVIDIA GPUs; the tensors are on {request.device.type}", *reasons]
+        problem = _kernels.unavailable(_index(request.device))
+        if problem is not None:
+            reasons.append(problem.reason)
+        elif not reasons:
+            reasons += _reasons_of_path(request)
+        return reasons
+
+    def remedy(self, request: Request) -> str | None:
+        if request.device.type != "cuda" or torch.version.hip or _reasons_of_inputs(request):
+            return None
+        if torch.cuda.get_device_capability(request.device) < (8, 0):
+            return None
+        problem = _kernels.unavailable(_index(request.device))
+        return problem.remedy if problem else None
+
+    def detail(self, request: Request) -> str:
+        library = _kernels.load()
+        if isinstance(library, _kernels.Unavailable) or self.supports(request):
+            return ""
+        path = _path_name(_index(request.device), request[2:6], *_config())
+        archs = ", ".join(library.build["archs"])  # type: ignore[arg-type]
+        return f"{path} kernels, CUDA {library.build['cuda']} build for {archs}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: RowRanges, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads, _ = q.shape
+        out = torch.empty((rows, heads, v.shape[2]), dtype=q.dtype, device=q.device)
+        lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+        if rows == 0 or k.shape[0] == 0:
+            return out.zero_(), lse.fill_(float("-inf"))
+        _library().forward(
+            _fit(q),
+            _fit(k),
+            _fit(v),
+            _float32(sinks),
+            *mask,
+            options.scale,
+            options.softcap,
+            _window(options),
+            *_config(),
+            out,
+            lse,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        mask: RowRanges,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        rows, heads, head_dim = q.shape
+        keys, kv_heads, value_dim = v.shape
+        device = q.device
+        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+        if rows == 0 or keys == 0:
+            grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+            return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_sinks
+        config = _config()
+        size = _workspace_bytes(
+            _index(device), rows, keys, heads, kv_heads, head_dim, value_dim, options.deterministic, *config
+        )
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        delta = torch.empty((heads, rows), dtype=torch.float32, device=device)
+        _library().backward(
+            _fit(grad_out),
+            _float32(grad_lse),
+            _fit(q),
+            _fit(k),
+            _fit(v),
+            _float32(sinks),
+            _fit(out),
+            lse,
+            *mask,
+            options.scale,
+            options.softcap,
+            _window(options),
+            options.deterministic,
+            *config,
+            workspace,
+            delta,
+            grad_q,
+            grad_k,
+            grad_v,
+        )
+        return grad_q, grad_k, grad_v, None if sinks is None else _grad_sinks(sinks, lse, delta)
+
+
+# -- what it can run -------------------------------------------------------------------------------------------------
+
+
+def _reasons_of_inputs(request: Request) -> list[str]:
+    reasons = []
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"runs float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
+    for name, dim in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
+        if dim % 8 or dim > MAX_HEAD_DIM:
+            reasons.append(f"{name} is {dim}; the kernels take multiples of 8 up to {MAX_HEAD_DIM}")
+    return reasons
+
+
+def _reasons_of_path(request: Request) -> list[str]:
+    path, max_smem = _config()
+    if path != _kernels.PATHS["hopper"] or _path_name(_index(request.device), request[2:6], path, max_smem) == "hopper":
+        return []
+    return [f"{PATH_VARIABLE} is hopper, and this build or this GPU has no Hopper kernels for these heads"]
+
+
+def _config() -> tuple[int, int]:
+    """What the environment forces: the path (``_kernels.PATHS``) and the shared memory of a block, 0 for all."""
+    path, smem = os.environ.get(PATH_VARIABLE) or "auto", os.environ.get(SMEM_VARIABLE) or "0"
+    if path not in _kernels.PATHS:
+        raise ValueError(f"{PATH_VARIABLE} is {path!r}; set it to portable or hopper, or leave it unset")
+    if not smem.isdecimal():
+        raise ValueError(f"{SMEM_VARIABLE} is {smem!r}; set it to a number of bytes, or leave it unset")
+    return _kernels.PATHS[path], int(smem)
+
+
+@functools.lru_cache(maxsize=256)
+def _path_name(device: int, heads: tuple[int, int, int, int], path: int, max_smem: int) -> str:
+    with torch.cuda.device(device):
+        return _library().functions.tree_attn_path_name(device, *heads, path, max_smem).decode()
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(device: int, *sizes: int) -> int:
+    with torch.cuda.device(device):
+        return _library().functions.tree_attn_backward_workspace(device, *sizes)
+
+
+def _library() -> _kernels.Kernels:
+    library = _kernels.load()
+    if isinstance(library, _kernels.Unavailable):
+        raise BackendUnavailable(f"the CUDA kernels cannot run: {library.reason}")
+    return library
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _fit(x: Tensor) -> Tensor:
+    """``x`` itself, or a contiguous copy when its rows are not 16-byte aligned runs."""
+    token, head, last = x.stride()
+    if last == 1 and not token % 8 and not head % 8 and not x.data_ptr() % 16:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _window(options: Options) -> int:
+    return 0 if options.window is None else min(options.window, _MAX_INT)
+
+
+def _grad_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """``-sum_q p_sink[q] <grad_out[q], out[q]>``, with p_sink the sink's share of each row's denominator."""
+    sink = sinks.detach().to(torch.float32)[:, None]
+    p_sink = torch.exp(sink - torch.logaddexp(lse, sink))
+    return -(p_sink * delta).sum(1).to(sinks.dtype)

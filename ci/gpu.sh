@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: tests, sanitizers, benchmark. Writes one JSON file with commit, versions and results.
+#
+#   ci/gpu.sh                        all parts, in order: build tests sanitize bench
+#   ci/gpu.sh tests                  one part or several; build is needed once before
+#   PYTHON=python3.12 GPU_RESULTS=results ci/gpu.sh
+#
+# Results and logs go to $GPU_RESULTS (build/gpu), the summary to $GPU_RESULTS/gpu.json. A part that fails does not stop
+# the others; the exit status is 1 if any failed. SANITIZE_CASES (28) and SANITIZE_SEED (0) size the sanitizers' sweep,
+# TREE_ATTN_SWEEP_CASES (3000) and TREE_ATTN_SWEEP_SEED that of the tests, BENCH_ARGS goes to ci/gpu_bench.py.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+python=${PYTHON:-python3}
+results=${GPU_RESULTS:-build/gpu}
+mkdir -p "$results"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+failed=()
+
+part() { # name, command...: run it, keep its log and exit status
+  local name=$1 status
+  shift
+  echo "== $name: $*"
+  "$@" 2>&1 | tee "$results/$name.log"
+  status=${PIPESTATUS[0]}
+  echo "$status" > "$results/$name.status"
+  [ "$status" = 0 ] || failed+=("$name")
+}
+
+build() { part build "$python" csrc/build.py; }
+
+tests() {
+  TREE_ATTN_REQUIRE_GPU=1 TREE_ATTN_GPU_REPORT="$results/tests.json" \
+    part tests "$python" -m pytest tests/gpu -m gpu -rs --durations=10 --junitxml="$results/tests.xml" ${PYTEST_ARGS:-}
+}
+
+sanitize() {
+  local tool
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit" | tee "$results/memcheck.log"
+    echo 127 > "$results/memcheck.status"
+    failed+=(memcheck)
+    return
+  fi
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" ci/sanitize_cases.py "${SANITIZE_CASES:-28}" "${SANITIZE_SEED:-0}"
+  done
+}
+
+bench() {
+  # shellcheck disable=SC2086  # words on purpose
+  part bench "$python" ci/gpu_bench.py --json "$results/bench.json" ${BENCH_ARGS:-}
+}
+
+for name in "${@:-build tests sanitize bench}"; do
+  for each in $name; do
+    case $each in
+      build | tests | sanitize | bench) "$each" ;;
+      all) build; tests; sanitize; bench ;;
+      *) echo "there is no part $each; choose of: build tests sanitize bench all" >&2; exit 2 ;;
+    esac
+  done
+done
+
+"$python" ci/gpu_report.py "$results" || failed+=(report)
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi

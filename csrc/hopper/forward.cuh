@@ -1,0 +1,389 @@
+// Forward on Hopper: wgmma fed by TMA, one warp producing, two warpgroups of 64 packed rows consuming.
+//
+//   producer:  for each row tile of this block: which key tiles are needed (a ballot over their bounds);
+//              Q, then K and V of each, through a ring of kStages
+//   consumer:  S(next) = Q K^T issued; O += P V issued; while these run, softmax of S(next); then O is rescaled
+//
+// The two consumers take turns (named barriers): one does its softmax while the other's products run.
+#pragma once
+
+#include "../params.h"
+#include "../tile_mask.cuh"
+#include "primitives.cuh"
+
+namespace tree_attn::hopper {
+
+template <typename T_, int kDim_, int kValueDim_, int kKeys_>
+struct ForwardTiles {
+  using T = T_;
+  static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
+  static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
+  static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kStages = 2;
+  static constexpr int kQBytes = kRows * kDim * 2, kOBytes = kRows * kValueDim * 2;
+  static constexpr int kKBytes = kKeys * kDim * 2, kVBytes = kKeys * kValueDim * 2;
+  static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;  // 64 columns of a tile
+
+  struct Smem {
+    alignas(1024) char q[kQBytes];
+    char k[kStages][kKBytes];
+    char v[kStages][kVBytes];
+    char o[kOBytes];
+    uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    int row_tile;           // of the Q tile: index of the item, or past the last
+    int key_tile[kStages];  // of the K tile: index * 2 + 1 if it needs the mask, or -1 after the last
+  };
+  static constexpr int kSmem = sizeof(Smem);
+  static_assert(kSmem <= 227 * 1024);
+};
+
+struct ForwardArguments {
+  Forward call;
+  FastDivisor group;
+  int tile_tokens;  // tokens of a row tile; tile_tokens * group <= kRows
+  int row_tiles;
+  int items;  // row tiles of all key/value heads
+  bool capped;
+  float inner_scale, log2_scale;
+};
+
+// What the consumers of a block see as row r of an item.
+struct RowTile {
+  int kv_head, first_token;
+};
+__device__ __forceinline__ RowTile row_tile_of(const ForwardArguments& args, int item) {
+  // The row tiles of one head stay together, for its K and V to stay in L2; later rows see more keys, so they go first.
+  const int kv_head = item / args.row_tiles;
+  return {kv_head, (args.row_tiles - 1 - (item - kv_head * args.row_tiles)) * args.tile_tokens};
+}
+
+template <typename Tiles>
+__device__ __forceinline__ void produce(const ForwardArguments& args, const CUtensorMap* q_map, const CUtensorMap* k_map,
+                                        const CUtensorMap* v_map, typename Tiles::Smem& smem) {
+  const Forward& call = args.call;
+  const Sizes& sizes = call.sizes;
+  const int lane = threadIdx.x % kWarp;
+  const auto at = [](auto& x) { return smem_address(&x); };
+  int stage = 0, parity = 1, q_parity = 1;  // a fresh barrier counts as one whose phase before has completed
+
+  // K first, V behind it: the consumers need V a softmax later.
+  const auto load = [&](int kv_head, int tile, bool masked) {
+    if (lane == 0) {
+      barrier_wait(at(smem.k_empty[stage]), parity);
+      smem.key_tile[stage] = tile * 2 + masked;
+      barrier_arrive_expect(at(smem.k_full[stage]), Tiles::kKBytes);
+#pragma unroll
+      for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+        tma_load(at(smem.k[stage]) + slab * Tiles::kKSlab, k_map, at(smem.k_full[stage]), slab * 64, kv_head,
+                 tile * Tiles::kKeys);
+      barrier_wait(at(smem.v_empty[stage]), parity);
+      barrier_arrive_expect(at(smem.v_full[stage]), Tiles::kVBytes);
+#pragma unroll
+      for (int slab = 0; slab < Tiles::kValueDim / 64; ++slab)
+        tma_load(at(smem.v[stage]) + slab * Tiles::kKSlab, v_map, at(smem.v_full[stage]), slab * 64, kv_head,
+                 tile * Tiles::kKeys);
+    }
+    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+  };
+  const auto finish = [&] {  // tells the consumers that the item's last key tile has been sent
+    if (lane == 0) {
+      barrier_wait(at(smem.k_empty[stage]), parity);
+      smem.key_tile[stage] = -1;
+      barrier_arrive(at(smem.k_full[stage]));
+      barrier_wait(at(smem.v_empty[stage]), parity);
+      barrier_arrive(at(smem.v_full[stage]));
+    }
+    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+  };
+
+  for (int item = blockIdx.x;; item += gridDim.x) {
+    const bool last = item >= args.items;
+    const RowTile rows = row_tile_of(args, last ? 0 : item);
+    if (lane == 0) {
+      barrier_wait(at(smem.q_empty), q_parity);
+      smem.row_tile = item;
+      if (last) {
+        barrier_arrive(at(smem.q_full));
+      } else {
+        const int slab_bytes = args.tile_tokens * args.group.divisor * 128;
+        barrier_arrive_expect(at(smem.q_full), slab_bytes * (Tiles::kDim / 64));
+#pragma unroll
+        for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+          tma_load(at(smem.q) + slab * Tiles::kQSlab, q_map, at(smem.q_full), slab * 64,
+                   rows.kv_head * args.group.divisor, rows.first_token);
+      }
+    }
+    q_parity ^= 1;
+    if (last) return;
+
+    const RowSpan span =
+        row_span(call.mask, rows.first_token, min(rows.first_token + args.tile_tokens, sizes.rows));
+    const int keys = call.mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
+    const int tiles = (keys + Tiles::kKeys - 1) / Tiles::kKeys;
+    for (int base = 0; base < tiles; base += kWarp) {
+      const int tile = base + lane, k0 = tile * Tiles::kKeys;
+      bool needed = false, full = false;
+      if (tile < tiles) {
+        const KeySpan key_span = KeySpan::load(call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
+        needed = key_span.needed(call.mask, span);
+        full = k0 + Tiles::kKeys <= sizes.keys && key_span.full(call.mask, span);
+      }
+      uint32_t todo = __ballot_sync(~0u, needed);
+      const uint32_t unmasked = __ballot_sync(~0u, full);
+      for (; todo; todo &= todo - 1) {
+        const int bit = __ffs(todo) - 1;
+        load(rows.kv_head, base + bit, !(unmasked >> bit & 1));
+      }
+    }
+    finish();
+  }
+}
+
+// One consumer's state: 64 rows of O and of the softmax. A thread holds two rows, 8 apart.
+template <typename Tiles>
+struct Softmax {
+  static constexpr int kKeyTiles = Tiles::kKeys / 8, kValueTiles = Tiles::kValueDim / 8;
+  float peak[2], sum[2];
+
+  // Scores become probabilities (not yet divided); returns what the sums so far must be multiplied with.
+  __device__ __forceinline__ void update(float (&s)[kKeyTiles][4], float log2_scale, float (&correction)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float high = peak[h];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) high = fmaxf(high, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+      const float shift = high == negative_infinity() ? 0.f : high * log2_scale;
+      correction[h] = exp2_approx(peak[h] * log2_scale - shift);
+      peak[h] = high;
+      float total = 0.f;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          s[n][2 * h + c] = exp2_approx(s[n][2 * h + c] * log2_scale - shift);
+          total += s[n][2 * h + c];
+        }
+      sum[h] = sum[h] * correction[h] + total;
+    }
+  }
+};
+
+template <typename Tiles>
+__device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int (&tokens)[2],
+                                            int k0, int n_keys) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int n = 0; n < Tiles::kKeys / 8; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int key = k0 + n * 8 + (lane % 4) * 2 + c;
+      int2 seen = key < n_keys ? rows_of_key(mask, key) : int2{0, 0};
+      const int oldest = mask.window && key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0x7fffffff;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        bool visible = tokens[h] >= seen.x && tokens[h] < seen.y;
+        if (mask.window) visible = visible && __ldg(mask.q_depth + tokens[h]) < oldest;
+        if (!visible) s[n][2 * h + c] = negative_infinity();
+      }
+    }
+}
+
+template <typename Tiles>
+__device__ __forceinline__ void consume(const ForwardArguments& args, typename Tiles::Smem& smem) {
+  using T = typename Tiles::T;
+  constexpr int kKeyTiles = Tiles::kKeys / 8, kValueTiles = Tiles::kValueDim / 8;
+  const Forward& call = args.call;
+  const Sizes& sizes = call.sizes;
+  const auto at = [](auto& x) { return smem_address(&x); };
+  const int consumer = threadIdx.x / Tiles::kGroupThreads - 1;
+  const int thread = threadIdx.x % Tiles::kGroupThreads, warp = thread / kWarp, lane = thread % kWarp;
+  const int group_rows = args.tile_tokens * args.group.divisor;
+
+  // The turns: barrier 1 + c is consumer c's; it is opened by the other consumer, once before the start.
+  const auto take_turn = [&] { named_sync(1 + consumer, 2 * Tiles::kGroupThreads); };
+  const auto pass_turn = [&] { named_arrive(2 - consumer, 2 * Tiles::kGroupThreads); };
+  if (consumer == 1) pass_turn();
+
+  int stage = 0, parity = 0, q_parity = 0;
+  const auto advance = [&] {
+    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+  };
+
+  for (;;) {
+    barrier_wait(at(smem.q_full), q_parity);
+    q_parity ^= 1;
+    const int item = smem.row_tile;
+    if (item >= args.items) break;
+    const RowTile rows = row_tile_of(args, item);
+    int tokens[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      tokens[h] = min(rows.first_token + args.group.divide(consumer * Tiles::kGroupRows + warp * 16 + h * 8 + lane / 4),
+                      sizes.rows - 1);
+
+    float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
+    uint32_t p[kKeyTiles / 2][4];
+    Softmax<Tiles> softmax{{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
+#pragma unroll
+    for (int n = 0; n < kValueTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[n][e] = 0.f;
+
+    const auto issue_scores = [&](int from) {
+      const uint32_t q = at(smem.q) + consumer * Tiles::kGroupRows * 128, k = at(smem.k[from]);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Tiles::kDim / 16; ++step)
+        Wgmma<T, Tiles::kKeys>::ss(s, descriptor_k_major(q + step / 4 * Tiles::kQSlab + step % 4 * 32),
+                                   descriptor_k_major(k + step / 4 * Tiles::kKSlab + step % 4 * 32), step > 0);
+      wgmma_commit();
+    };
+    const auto issue_values = [&](int from) {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Tiles::kKeys / 16; ++step)
+        Wgmma<T, Tiles::kValueDim>::template rs<true>(
+            o, p[step], descriptor_mn_major(at(smem.v[from]) + step * 16 * 128, Tiles::kKSlab), true);
+      wgmma_commit();
+    };
+    const auto to_probabilities = [&](int tile) {
+      if (args.capped) {
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[n][e] = 1.f - __fdividef(2.f, 1.f + exp2_approx(2.f * kLog2e * args.inner_scale * s[n][e]));
+      }
+      if (tile & 1) mask_scores<Tiles>(s, call.mask, tokens, (tile >> 1) * Tiles::kKeys, sizes.keys);
+      softmax.update(s, args.log2_scale, correction);
+    };
+    const auto to_operand = [&] {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles / 2; ++n) {
+        p[n][0] = Element<T>::pack(s[2 * n][0], s[2 * n][1]);
+        p[n][1] = Element<T>::pack(s[2 * n][2], s[2 * n][3]);
+        p[n][2] = Element<T>::pack(s[2 * n + 1][0], s[2 * n + 1][1]);
+        p[n][3] = Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]);
+      }
+    };
+    const auto release = [&](uint64_t& barrier) {
+      if (thread == 0) barrier_arrive(at(barrier));
+    };
+
+    barrier_wait(at(smem.k_full[stage]), parity);
+    int tile = smem.key_tile[stage];
+    if (tile >= 0) {
+      take_turn();
+      issue_scores(stage);
+      pass_turn();
+      wgmma_wait<0>();
+      release(smem.k_empty[stage]);
+      to_probabilities(tile);
+      to_operand();
+
+      for (;;) {
+        const int before = stage, before_parity = parity;
+        advance();
+        barrier_wait(at(smem.k_full[stage]), parity);
+        tile = smem.key_tile[stage];
+        if (tile < 0) {
+          barrier_wait(at(smem.v_full[before]), before_parity);
+          issue_values(before);
+          wgmma_wait<0>();
+          release(smem.v_empty[before]);
+          break;
+        }
+        take_turn();
+        issue_scores(stage);
+        barrier_wait(at(smem.v_full[before]), before_parity);
+        issue_values(before);
+        pass_turn();
+        wgmma_wait<1>();
+        release(smem.k_empty[stage]);
+        to_probabilities(tile);
+        wgmma_wait<0>();
+        release(smem.v_empty[before]);
+#pragma unroll
+        for (int n = 0; n < kValueTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
+        to_operand();
+      }
+    }
+    barrier_wait(at(smem.v_full[stage]), parity);
+    char* const staged = smem.o + consumer * Tiles::kGroupRows * Tiles::kValueDim * 2;
+    using TileO = SmemTile<Tiles::kValueDim>;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int local = warp * 16 + h * 8 + lane / 4, row = consumer * Tiles::kGroupRows + local;
+      const int in_tile = args.group.divide(row), token = rows.first_token + in_tile;
+      const int head = rows.kv_head * args.group.divisor + row - in_tile * args.group.divisor;
+      float sum = softmax.sum[h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float peak = softmax.peak[h] * args.log2_scale;
+      const bool empty = softmax.peak[h] == negative_infinity();
+      const bool valid = row < group_rows && token < sizes.rows;
+      float denominator = sum;
+      if (call.sinks != nullptr && valid && !empty) denominator += exp2_approx(call.sinks[head] * kLog2e - peak);
+      const float inverse = empty ? 0.f : 1.f / denominator;
+      if (lane % 4 == 0 && valid)
+        call.lse[static_cast<int64_t>(head) * sizes.rows + token] = empty ? negative_infinity() : (peak + log2f(sum)) * kLn2;
+#pragma unroll
+      for (int n = 0; n < kValueTiles; ++n)
+        *reinterpret_cast<uint32_t*>(staged + TileO::offset(local, n) + (lane % 4) * 4) =
+            Element<T>::pack(o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse);
+    }
+    named_sync(3 + consumer, Tiles::kGroupThreads);
+    // All four warps have read the message that ended the item, and are finished with Q.
+    release(smem.k_empty[stage]);
+    release(smem.v_empty[stage]);
+    release(smem.q_empty);
+    advance();
+    T* const out = static_cast<T*>(call.out.data);
+#pragma unroll
+    for (int i = 0; i < Tiles::kGroupRows * kValueTiles / Tiles::kGroupThreads; ++i) {
+      const int index = i * Tiles::kGroupThreads + thread, local = index / kValueTiles, chunk = index % kValueTiles;
+      const int row = consumer * Tiles::kGroupRows + local, in_tile = args.group.divide(row);
+      const int token = rows.first_token + in_tile;
+      const int head = rows.kv_head * args.group.divisor + row - in_tile * args.group.divisor;
+      if (row < group_rows && token < sizes.rows && chunk * 8 < sizes.value_dim)
+        *reinterpret_cast<int4*>(out + token * call.out.token_stride + head * call.out.head_stride + chunk * 8) =
+            *reinterpret_cast<const int4*>(staged + TileO::offset(local, chunk));
+    }
+    named_sync(3 + consumer, Tiles::kGroupThreads);  // the staging area is free again
+  }
+  if (consumer == 0) take_turn();  // leave the barriers even
+}
+
+template <typename Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardArguments args, const __grid_constant__ CUtensorMap q_map,
+                   const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+  extern __shared__ __align__(1024) char raw[];
+  auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
+  if (threadIdx.x == 0) {
+    prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
+    barrier_init(smem_address(&smem.q_full), 1);
+    barrier_init(smem_address(&smem.q_empty), Tiles::kConsumers);
+    for (int i = 0; i < Tiles::kStages; ++i) {
+      barrier_init(smem_address(&smem.k_full[i]), 1);
+      barrier_init(smem_address(&smem.v_full[i]), 1);
+      barrier_init(smem_address(&smem.k_empty[i]), Tiles::kConsumers);
+      barrier_init(smem_address(&smem.v_empty[i]), Tiles::kConsumers);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < Tiles::kGroupThreads) {
+    // The shares of three warpgroups must not add up to more than the 168 registers a thread of the launch, or they wait
+    // for each other for ever: 56 + 2 * 224 = 3 * 168.
+    registers_decrease<56>();
+    if (threadIdx.x < kWarp) produce<Tiles>(args, &q_map, &k_map, &v_map, smem);
+  } else {
+    registers_increase<224>();
+    consume<Tiles>(args, smem);
+  }
+}
+
+}  // namespace tree_attn::hopper

@@ -1,0 +1,15 @@
+// What the build compiles for sm_90a: TA_DTYPE, TA_HEAD_DIM and TA_VALUE_DIM come from its table (the classes below).
+#pragma once
+
+#include "../params.h"
+#include "../portable/instances.h"
+
+// X(head dim, value dim): the compiled classes, smallest first; a call takes the first that holds it.
+#define TREE_ATTN_HOPPER_CLASSES(X) X(64, 64) X(128, 128)
+
+namespace tree_attn::hopper {
+
+template <typename T, int kDim, int kValueDim>
+cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
+
+}  // namespace tree_attn::hopper
