@@ -65,7 +65,10 @@ cudaError_t portable_backward(const Backward& call, int max_smem, cudaStream_t s
 cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stream) {
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
 #if TREE_ATTN_HOPPER
-  if (on_hopper(call.sizes, call.scale, call.softcap, config)) {
+  // TMA describes no tensor that repeats rows (a stride of 0, from expand()).
+  const bool repeats = std::min({call.q.token_stride, call.q.head_stride, call.k.token_stride, call.k.head_stride,
+                                 call.v.token_stride, call.v.head_stride}) <= 0;
+  if (!repeats && on_hopper(call.sizes, call.scale, call.softcap, config)) {
 #define TREE_ATTN_TRY(D, DV)                                              \
   if (call.sizes.head_dim <= D && call.sizes.value_dim <= DV)             \
     return call.dtype == DType::kFloat16 ? hopper::launch_forward<__half, D, DV>(call, stream) \

@@ -204,7 +204,7 @@ void forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
                 const OptionalTensor& row_begin, const Tensor& row_end, const Tensor& q_depth, const Tensor& k_depth,
                 const OptionalTensor& begin_bounds, const Tensor& end_bounds, const Tensor& q_depth_bounds,
                 const Tensor& k_depth_bounds, double scale, double softcap, int64_t window, int64_t path,
-                int64_t max_smem, const Tensor& out, const Tensor& lse) {
+                int64_t max_smem, const Tensor& out, const Tensor& lse, const Tensor& scratch) {
   const MaskTensors tensors{row_begin,    row_end,    q_depth,        k_depth,
                             begin_bounds, end_bounds, q_depth_bounds, k_depth_bounds};
   const Call call(q, k, v, tensors, window, path, max_smem);
@@ -214,6 +214,7 @@ void forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   f.v = call.keys("v", v, call.sizes.value_dim);
   f.out = call.rows("out", out, call.sizes.value_dim);
   f.lse = call.per_row("lse", lse);
+  f.scratch = array<int>("scratch", scratch, 1, aoti_torch_dtype_int32(), call.device);
   f.sinks = call.per_head("sinks", sinks);
   f.mask = call.mask;
   f.sizes = call.sizes;
@@ -273,7 +274,7 @@ void backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const T
 TREE_ATTN_LIBRARY(TREE_ATTN_OP_NAMESPACE, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, " TREE_ATTN_MASK_SCHEMA
-      "int path, int max_smem, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "int path, int max_smem, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) scratch) -> ()");
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
       "Tensor lse, " TREE_ATTN_MASK_SCHEMA

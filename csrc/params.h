@@ -41,6 +41,7 @@ struct Sizes {
 struct Forward {
   Tensor3 q, k, v, out;
   float* lse = nullptr;          // (heads, rows), natural logarithm, without the sink
+  int* scratch = nullptr;        // one int, uninitialised: the counter of a schedule
   const float* sinks = nullptr;  // (heads) or null
   Mask mask;
   Sizes sizes;

@@ -27,6 +27,21 @@ __device__ __forceinline__ Bounds bounds_of(const int2* table, int first, int la
   return b;
 }
 
+// The same for a tile of kCount keys that starts at a multiple of the granule: all entries are read at once.
+template <int kCount>
+__device__ __forceinline__ Bounds bounds_of_tile(const int2* table, int first, int n) {
+  static_assert(kCount % kGranule == 0);
+  Bounds b{0x7fffffff, -0x7fffffff};
+#pragma unroll
+  for (int i = 0; i < kCount / kGranule; ++i) {
+    const int at = min(first / kGranule + i, (n - 1) / kGranule);
+    const int2 entry = __ldg(table + at);
+    b.low = min(b.low, entry.x);
+    b.high = max(b.high, entry.y);
+  }
+  return b;
+}
+
 // The rows [q0, q1) of a tile, in tokens, and their depths when there is a window.
 struct RowSpan {
   int q0, q1;
@@ -37,11 +52,14 @@ struct RowSpan {
 struct KeySpan {
   Bounds begin, end, depth;
 
-  static __device__ __forceinline__ KeySpan load(const Mask& mask, int k0, int k1) {
+  // Of the kCount keys from k0 on, as far as there are n_keys.
+  template <int kCount>
+  static __device__ __forceinline__ KeySpan load(const Mask& mask, int k0, int n_keys) {
     KeySpan s;
-    s.begin = mask.row_begin == nullptr ? Bounds{k0, k1 - 1} : bounds_of(mask.begin_bounds, k0, k1);
-    s.end = bounds_of(mask.end_bounds, k0, k1);
-    s.depth = mask.window ? bounds_of(mask.k_depth_bounds, k0, k1) : Bounds{0, 0};
+    s.begin = mask.row_begin == nullptr ? Bounds{k0, min(k0 + kCount, n_keys) - 1}
+                                        : bounds_of_tile<kCount>(mask.begin_bounds, k0, n_keys);
+    s.end = bounds_of_tile<kCount>(mask.end_bounds, k0, n_keys);
+    s.depth = mask.window ? bounds_of_tile<kCount>(mask.k_depth_bounds, k0, n_keys) : Bounds{0, 0};
     return s;
   }
   __device__ __forceinline__ bool needed(const Mask& mask, const RowSpan& rows) const {
@@ -91,7 +109,7 @@ struct KeyTiles {
     const int keys = mask.row_begin == nullptr ? min(n_keys, rows.q1) : n_keys;
     const int limit = (keys + kKeys - 1) / kKeys;
     if (threadIdx.x == 0) storage.rows = rows, storage.limit = limit;
-    classify(rows, 0, limit);
+    classify<kPerThread>(rows, 0, limit);
     bits = storage.needed[0];
   }
 
@@ -104,7 +122,7 @@ struct KeyTiles {
       if (word % kWords == 0) {
         const RowSpan rows = storage.rows;
         __syncthreads();  // everybody has read the old words
-        classify(rows, word * kWarp, limit);
+        classify<1>(rows, word * kWarp, limit);  // rare, and at a place where registers are short
       }
       bits = storage.needed[word % kWords];
     }
@@ -115,14 +133,15 @@ struct KeyTiles {
   }
 
  private:
+  template <int kUnroll>
   __device__ void classify(const RowSpan& rows, int base, int limit) {
-#pragma unroll
+#pragma unroll kUnroll
     for (int i = 0; i < kPerThread; ++i) {
       const int local = i * kThreads + threadIdx.x;
       const int k0 = (base + local) * kKeys;
       bool needed = false, full = false;
       if (base + local < limit) {
-        const KeySpan keys = KeySpan::load(mask, k0, min(k0 + kKeys, n_keys));
+        const KeySpan keys = KeySpan::load<kKeys>(mask, k0, n_keys);
         needed = keys.needed(mask, rows);
         full = needed && k0 + kKeys <= n_keys && keys.full(mask, rows);
       }

@@ -41,6 +41,7 @@ cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   ForwardArguments args{call, FastDivisor(group), tile_tokens};
   args.row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;
   args.items = args.row_tiles * s.kv_heads;
+  args.counter = call.scratch;
   args.capped = capped;
   args.inner_scale = capped ? call.scale / call.softcap : 0.f;
   args.log2_scale = (capped ? call.softcap : call.scale) * kLog2e;
@@ -57,6 +58,7 @@ cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  if (error == cudaSuccess) error = cudaMemsetAsync(call.scratch, 0, sizeof(int), stream);
   if (error != cudaSuccess) return error;
   kernel<<<std::min(processors, args.items), Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, k_map, v_map);
   return cudaGetLastError();

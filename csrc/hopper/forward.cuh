@@ -1,7 +1,7 @@
 // Forward on Hopper: wgmma fed by TMA, one warp producing, two warpgroups of 64 packed rows consuming.
 //
-//   producer:  for each row tile of this block: which key tiles are needed (a ballot over their bounds);
-//              Q, then K and V of each, through a ring of kStages
+//   producer:  for each row tile taken from a counter: which key tiles are needed (ballots over their bounds);
+//              Q, and K and V of each, through a ring of kStages; with K of a partial tile, the rows that see its keys
 //   consumer:  S(next) = Q K^T issued; O += P V issued; while these run, softmax of S(next); then O is rescaled
 //
 // The two consumers take turns (named barriers): one does its softmax while the other's products run.
@@ -28,9 +28,10 @@ struct ForwardTiles {
     char k[kStages][kKBytes];
     char v[kStages][kVBytes];
     char o[kOBytes];
+    int2 seen_by[kStages][kKeys];  // of a partial tile: the rows [x, y) that see each key
     uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     int row_tile;           // of the Q tile: index of the item, or past the last
-    int key_tile[kStages];  // of the K tile: index * 2 + 1 if it needs the mask, or -1 after the last
+    int key_tile[kStages];  // of the K tile: index * 4 + kPartial + kLast, or -1 for an item without any
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -41,12 +42,14 @@ struct ForwardArguments {
   FastDivisor group;
   int tile_tokens;  // tokens of a row tile; tile_tokens * group <= kRows
   int row_tiles;
-  int items;  // row tiles of all key/value heads
+  int items;     // row tiles of all key/value heads
+  int* counter;  // the next item
   bool capped;
   float inner_scale, log2_scale;
 };
 
-// What the consumers of a block see as row r of an item.
+constexpr int kPartial = 2, kLast = 1;
+
 struct RowTile {
   int kv_head, first_token;
 };
@@ -65,76 +68,95 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
   const auto at = [](auto& x) { return smem_address(&x); };
   int stage = 0, parity = 1, q_parity = 1;  // a fresh barrier counts as one whose phase before has completed
 
-  // K first, V behind it: the consumers need V a softmax later.
-  const auto load = [&](int kv_head, int tile, bool masked) {
-    if (lane == 0) {
-      barrier_wait(at(smem.k_empty[stage]), parity);
-      smem.key_tile[stage] = tile * 2 + masked;
-      barrier_arrive_expect(at(smem.k_full[stage]), Tiles::kKBytes);
-#pragma unroll
-      for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
-        tma_load(at(smem.k[stage]) + slab * Tiles::kKSlab, k_map, at(smem.k_full[stage]), slab * 64, kv_head,
-                 tile * Tiles::kKeys);
-      barrier_wait(at(smem.v_empty[stage]), parity);
-      barrier_arrive_expect(at(smem.v_full[stage]), Tiles::kVBytes);
-#pragma unroll
-      for (int slab = 0; slab < Tiles::kValueDim / 64; ++slab)
-        tma_load(at(smem.v[stage]) + slab * Tiles::kKSlab, v_map, at(smem.v_full[stage]), slab * 64, kv_head,
-                 tile * Tiles::kKeys);
-    }
-    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
-  };
-  const auto finish = [&] {  // tells the consumers that the item's last key tile has been sent
-    if (lane == 0) {
-      barrier_wait(at(smem.k_empty[stage]), parity);
-      smem.key_tile[stage] = -1;
-      barrier_arrive(at(smem.k_full[stage]));
-      barrier_wait(at(smem.v_empty[stage]), parity);
-      barrier_arrive(at(smem.v_full[stage]));
-    }
-    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
-  };
+  for (;;) {
+    int item = 0;
+    if (lane == 0) item = atomicAdd(args.counter, 1);
+    item = __shfl_sync(~0u, item, 0);
+    const RowTile rows = row_tile_of(args, min(item, args.items - 1));
 
-  for (int item = blockIdx.x;; item += gridDim.x) {
-    const bool last = item >= args.items;
-    const RowTile rows = row_tile_of(args, last ? 0 : item);
-    if (lane == 0) {
-      barrier_wait(at(smem.q_empty), q_parity);
-      smem.row_tile = item;
-      if (last) {
-        barrier_arrive(at(smem.q_full));
-      } else {
-        const int slab_bytes = args.tile_tokens * args.group.divisor * 128;
-        barrier_arrive_expect(at(smem.q_full), slab_bytes * (Tiles::kDim / 64));
+    const auto send_q = [&] {
+      if (lane == 0) {
+        barrier_wait(at(smem.q_empty), q_parity);
+        smem.row_tile = item;
+        if (item >= args.items) {
+          barrier_arrive(at(smem.q_full));
+        } else {
+          barrier_arrive_expect(at(smem.q_full), args.tile_tokens * args.group.divisor * Tiles::kDim * 2);
 #pragma unroll
-        for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
-          tma_load(at(smem.q) + slab * Tiles::kQSlab, q_map, at(smem.q_full), slab * 64,
-                   rows.kv_head * args.group.divisor, rows.first_token);
+          for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+            tma_load(at(smem.q) + slab * Tiles::kQSlab, q_map, at(smem.q_full), slab * 64,
+                     rows.kv_head * args.group.divisor, rows.first_token);
+        }
       }
+      q_parity ^= 1;
+    };
+    if (item >= args.items) {
+      send_q();
+      return;
     }
-    q_parity ^= 1;
-    if (last) return;
 
-    const RowSpan span =
-        row_span(call.mask, rows.first_token, min(rows.first_token + args.tile_tokens, sizes.rows));
+    // Q goes behind the first K, which need not wait for the consumers to finish the item before.
+    bool q_sent = false;
+    const auto send = [&](int message) {
+      const int k0 = (message >> 2) * Tiles::kKeys;
+      barrier_wait(at(smem.k_empty[stage]), parity);
+      if (lane == 0) {
+        smem.key_tile[stage] = message;
+        barrier_arrive_expect(at(smem.k_full[stage]), message < 0 ? 0 : Tiles::kKBytes);
+        if (message >= 0)
+#pragma unroll
+          for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+            tma_load(at(smem.k[stage]) + slab * Tiles::kKSlab, k_map, at(smem.k_full[stage]), slab * 64, rows.kv_head, k0);
+      }
+      if (message >= 0 && (message & kPartial)) {
+#pragma unroll
+        for (int i = 0; i < Tiles::kKeys / kWarp; ++i) {
+          const int key = k0 + i * kWarp + lane;
+          smem.seen_by[stage][i * kWarp + lane] = key < sizes.keys ? rows_of_key(call.mask, key) : int2{0, 0};
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at(smem.k_full[stage]));  // the second arrival: what ordinary stores have written
+      if (!q_sent) send_q(), q_sent = true;
+      if (lane == 0) {
+        barrier_wait(at(smem.v_empty[stage]), parity);
+        barrier_arrive_expect(at(smem.v_full[stage]), message < 0 ? 0 : Tiles::kVBytes);
+        if (message >= 0)
+#pragma unroll
+          for (int slab = 0; slab < Tiles::kValueDim / 64; ++slab)
+            tma_load(at(smem.v[stage]) + slab * Tiles::kKSlab, v_map, at(smem.v_full[stage]), slab * 64, rows.kv_head, k0);
+      }
+      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+    };
+
+    const RowSpan span = row_span(call.mask, rows.first_token, min(rows.first_token + args.tile_tokens, sizes.rows));
     const int keys = call.mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
     const int tiles = (keys + Tiles::kKeys - 1) / Tiles::kKeys;
-    for (int base = 0; base < tiles; base += kWarp) {
-      const int tile = base + lane, k0 = tile * Tiles::kKeys;
-      bool needed = false, full = false;
-      if (tile < tiles) {
-        const KeySpan key_span = KeySpan::load(call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
-        needed = key_span.needed(call.mask, span);
-        full = k0 + Tiles::kKeys <= sizes.keys && key_span.full(call.mask, span);
+    constexpr int kWords = 4;  // of 32 tiles, classified at once
+    int held = -1;             // the message before goes out when it is known whether it is the last
+    for (int base = 0; base < tiles; base += kWords * kWarp) {
+      uint32_t needed[kWords], full[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int tile = base + w * kWarp + lane, k0 = tile * Tiles::kKeys;
+        bool is_needed = false, is_full = false;
+        if (tile < tiles) {
+          const KeySpan key_span = KeySpan::load<Tiles::kKeys>(call.mask, k0, sizes.keys);
+          is_needed = key_span.needed(call.mask, span);
+          is_full = k0 + Tiles::kKeys <= sizes.keys && key_span.full(call.mask, span);
+        }
+        needed[w] = __ballot_sync(~0u, is_needed);
+        full[w] = __ballot_sync(~0u, is_full);
       }
-      uint32_t todo = __ballot_sync(~0u, needed);
-      const uint32_t unmasked = __ballot_sync(~0u, full);
-      for (; todo; todo &= todo - 1) {
-        const int bit = __ffs(todo) - 1;
-        load(rows.kv_head, base + bit, !(unmasked >> bit & 1));
-      }
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+        for (uint32_t todo = needed[w]; todo; todo &= todo - 1) {
+          const int bit = __ffs(todo) - 1;
+          if (held >= 0) send(held);
+          held = (base + w * kWarp + bit) * 4 + ((full[w] >> bit & 1) ? 0 : kPartial);
+        }
     }
-    finish();
+    send(held >= 0 ? held + kLast : -1);
   }
 }
 
@@ -169,23 +191,30 @@ struct Softmax {
   }
 };
 
+// Scores of pairs that the mask hides become -inf. `seen_by` holds the rows that see each key of the tile.
 template <typename Tiles>
-__device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int (&tokens)[2],
-                                            int k0, int n_keys) {
+__device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int2* seen_by,
+                                            const int (&tokens)[2], int k0, int n_keys) {
   const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int n = 0; n < Tiles::kKeys / 8; ++n) {
+    const int4 two = *reinterpret_cast<const int4*>(seen_by + n * 8 + (lane % 4) * 2);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (tokens[h] < two.x || tokens[h] >= two.y) s[n][2 * h] = negative_infinity();
+      if (tokens[h] < two.z || tokens[h] >= two.w) s[n][2 * h + 1] = negative_infinity();
+    }
+  }
+  if (mask.window == 0) return;
 #pragma unroll
   for (int n = 0; n < Tiles::kKeys / 8; ++n)
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int key = k0 + n * 8 + (lane % 4) * 2 + c;
-      int2 seen = key < n_keys ? rows_of_key(mask, key) : int2{0, 0};
-      const int oldest = mask.window && key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0x7fffffff;
+      const int oldest = key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        bool visible = tokens[h] >= seen.x && tokens[h] < seen.y;
-        if (mask.window) visible = visible && __ldg(mask.q_depth + tokens[h]) < oldest;
-        if (!visible) s[n][2 * h + c] = negative_infinity();
-      }
+      for (int h = 0; h < 2; ++h)
+        if (__ldg(mask.q_depth + tokens[h]) >= oldest) s[n][2 * h + c] = negative_infinity();
     }
 }
 
@@ -247,14 +276,20 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
             o, p[step], descriptor_mn_major(at(smem.v[from]) + step * 16 * 128, Tiles::kKSlab), true);
       wgmma_commit();
     };
-    const auto to_probabilities = [&](int tile) {
+    const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at(barrier));
+    };
+    const auto to_probabilities = [&](int message) {
       if (args.capped) {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) s[n][e] = 1.f - __fdividef(2.f, 1.f + exp2_approx(2.f * kLog2e * args.inner_scale * s[n][e]));
       }
-      if (tile & 1) mask_scores<Tiles>(s, call.mask, tokens, (tile >> 1) * Tiles::kKeys, sizes.keys);
+      if (message & kPartial)
+        mask_scores<Tiles>(s, call.mask, smem.seen_by[stage], tokens, (message >> 2) * Tiles::kKeys, sizes.keys);
+      release(smem.k_empty[stage]);
       softmax.update(s, args.log2_scale, correction);
     };
     const auto to_operand = [&] {
@@ -266,42 +301,32 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
         p[n][3] = Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]);
       }
     };
-    const auto release = [&](uint64_t& barrier) {
-      if (thread == 0) barrier_arrive(at(barrier));
-    };
 
     barrier_wait(at(smem.k_full[stage]), parity);
-    int tile = smem.key_tile[stage];
-    if (tile >= 0) {
+    int message = smem.key_tile[stage];
+    if (message >= 0) {
       take_turn();
       issue_scores(stage);
       pass_turn();
       wgmma_wait<0>();
-      release(smem.k_empty[stage]);
-      to_probabilities(tile);
+      if (message & kLast) release(smem.q_empty);
+      to_probabilities(message);
       to_operand();
 
-      for (;;) {
+      while (!(message & kLast)) {
         const int before = stage, before_parity = parity;
         advance();
         barrier_wait(at(smem.k_full[stage]), parity);
-        tile = smem.key_tile[stage];
-        if (tile < 0) {
-          barrier_wait(at(smem.v_full[before]), before_parity);
-          issue_values(before);
-          wgmma_wait<0>();
-          release(smem.v_empty[before]);
-          break;
-        }
+        message = smem.key_tile[stage];
         take_turn();
         issue_scores(stage);
         barrier_wait(at(smem.v_full[before]), before_parity);
         issue_values(before);
         pass_turn();
         wgmma_wait<1>();
-        release(smem.k_empty[stage]);
-        to_probabilities(tile);
-        wgmma_wait<0>();
+        if (message & kLast) release(smem.q_empty);
+        to_probabilities(message);
+          wgmma_wait<0>();
         release(smem.v_empty[before]);
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
@@ -309,8 +334,18 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
         to_operand();
       }
+      barrier_wait(at(smem.v_full[stage]), parity);
+      issue_values(stage);
+      wgmma_wait<0>();
+      release(smem.v_empty[stage]);
+    } else {
+      barrier_wait(at(smem.v_full[stage]), parity);
+      release(smem.k_empty[stage]);
+      release(smem.v_empty[stage]);
+      release(smem.q_empty);
     }
-    barrier_wait(at(smem.v_full[stage]), parity);
+    advance();
+
     char* const staged = smem.o + consumer * Tiles::kGroupRows * Tiles::kValueDim * 2;
     using TileO = SmemTile<Tiles::kValueDim>;
 #pragma unroll
@@ -335,11 +370,6 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
             Element<T>::pack(o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse);
     }
     named_sync(3 + consumer, Tiles::kGroupThreads);
-    // All four warps have read the message that ended the item, and are finished with Q.
-    release(smem.k_empty[stage]);
-    release(smem.v_empty[stage]);
-    release(smem.q_empty);
-    advance();
     T* const out = static_cast<T*>(call.out.data);
 #pragma unroll
     for (int i = 0; i < Tiles::kGroupRows * kValueTiles / Tiles::kGroupThreads; ++i) {
@@ -363,14 +393,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
+    constexpr int kReleases = Tiles::kConsumers * Tiles::kGroupThreads / kWarp;
     prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
     barrier_init(smem_address(&smem.q_full), 1);
-    barrier_init(smem_address(&smem.q_empty), Tiles::kConsumers);
+    barrier_init(smem_address(&smem.q_empty), kReleases);
     for (int i = 0; i < Tiles::kStages; ++i) {
-      barrier_init(smem_address(&smem.k_full[i]), 1);
+      barrier_init(smem_address(&smem.k_full[i]), 2);
       barrier_init(smem_address(&smem.v_full[i]), 1);
-      barrier_init(smem_address(&smem.k_empty[i]), Tiles::kConsumers);
-      barrier_init(smem_address(&smem.v_empty[i]), Tiles::kConsumers);
+      barrier_init(smem_address(&smem.k_empty[i]), kReleases);
+      barrier_init(smem_address(&smem.v_empty[i]), kReleases);
     }
     barrier_init_fence();
   }

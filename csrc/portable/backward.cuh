@@ -227,7 +227,7 @@ __global__ void plan_items_kernel(const __grid_constant__ BackwardArguments args
   for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
     const int k0 = tile * Tiles::kKeys;
     work.tile_rows[tile] =
-        rows_of_tile(args, KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys)), Tiles::kRows);
+        rows_of_tile(args, KeySpan::load<Tiles::kKeys>(args.call.mask, k0, sizes.keys), Tiles::kRows);
   }
   __syncthreads();
 
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
         seen[m][h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
         key_depth[m][h] = mask.window && key < sizes.keys ? mask.k_depth[key] : 0;
       }
-    const KeySpan keys = KeySpan::load(mask, k0, min(k0 + kKeys, sizes.keys));
+    const KeySpan keys = KeySpan::load<kKeys>(mask, k0, sizes.keys);
     const int full_from = keys.begin.high * group;
     const int full_to = k0 + kKeys <= sizes.keys ? keys.end.low * group : 0;
 
@@ -511,7 +511,7 @@ template <typename Tiles, bool kFinish>
 __global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __grid_constant__ BackwardArguments args) {
   const Sizes& sizes = args.call.sizes;
   const int tile = blockIdx.x, kv_head = blockIdx.y, k0 = tile * Tiles::kKeys;
-  const KeySpan keys = KeySpan::load(args.call.mask, k0, min(k0 + Tiles::kKeys, sizes.keys));
+  const KeySpan keys = KeySpan::load<Tiles::kKeys>(args.call.mask, k0, sizes.keys);
   if (!in_several_bands(rows_of_tile(args, keys, Tiles::kRows))) return;
 
   float* sums = grad_kv_of<Tiles>(args, kv_head, tile);

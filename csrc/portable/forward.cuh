@@ -32,9 +32,20 @@ struct ForwardArguments {
   PackedRows rows;
   Scaling scaling;
 
-  explicit ForwardArguments(const Forward& call)
-      : call(call), rows(call.sizes), scaling(call.scale, call.softcap) {}
+  explicit ForwardArguments(const Forward& call) : call(call), rows(call.sizes), scaling(call.scale, call.softcap) {
+    // The running maximum is of unscaled scores, so a scale that is not positive is applied to the scores themselves.
+    if (scaling.log2_scale > 0.f) return;
+    scaling.inner_scale = Scaling::not_zero(scaling.log2_scale);
+    scaling.log2_scale = 1.f;
+  }
 };
+
+// What fits the registers at head dim 128 beside O and S.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kScoreUnroll = 4;
+#else
+constexpr int kScoreUnroll = 2;
+#endif
 
 // Scores of pairs that the mask hides become -inf. `row` is the first of this thread's rows; rows beyond the end repeat
 // the last, and are not stored.
@@ -84,7 +95,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
 
   // Later rows see more keys, so they go first; the row tiles of one head stay together, for its K and V to stay in L2.
   const int kv_head = blockIdx.y;
-  const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::kRows;
+  const auto first_row = [] { return static_cast<int>(gridDim.x - 1 - rederive(blockIdx.x)) * Tiles::kRows; };
+  const int first = first_row();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
   extern __shared__ __align__(1024) char smem[];
@@ -100,7 +112,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
   typename Tiles::Tiles tiles(call.mask, storage,
                               row_span(call.mask, args.rows.token(first), args.rows.token(last) + 1), sizes.keys);
 
-  const int my_row = first + warp * Tiles::kWarpRows + lane / 4;  // and those 8, 16, 24 below
+  // The first of this thread's rows; the others are 8, 16, 24 below.
+  const auto my_first_row = [&] { return first_row() + warp * Tiles::kWarpRows + lane / 4; };
 
   float o[kRowTiles][kValueTiles][4];
   float row_max[kRowTiles][2], row_sum[kRowTiles][2];  // the sum is this thread's share
@@ -109,9 +122,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) row_max[m][h] = negative_infinity(), row_sum[m][h] = 0.f;
-  // The running maximum is of unscaled scores, so a scale that is not positive is applied to the scores themselves.
-  const bool prescaled = args.scaling.log2_scale <= 0.f;
-  const float log2_scale = prescaled ? 1.f : args.scaling.log2_scale;
+  const float log2_scale = args.scaling.log2_scale;
 
   int tile = tiles.next();
   if (tile >= 0) CopyK::load_keys(k_smem, call.k, tile * Tiles::kKeys, sizes.keys, kv_head, sizes.head_dim);
@@ -128,9 +139,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
 
     float s[kRowTiles][kKeyTiles][4];
     clear(s);
-    product_transposed<T, Tiles::kDim>(s, q_smem, warp * Tiles::kWarpRows, k_smem, 0);
+    product_transposed<T, Tiles::kDim, kScoreUnroll>(s, q_smem, warp * Tiles::kWarpRows, k_smem, 0);
 
-    if (args.scaling.capped || prescaled) {
+    if (args.scaling.inner_scale != 0.f) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -138,9 +149,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             s[m][n][e] = args.scaling.capped ? tanh_accurate(args.scaling.inner_scale * s[m][n][e])
-                                             : args.scaling.log2_scale * s[m][n][e];
+                                             : args.scaling.inner_scale * s[m][n][e];
     }
-    if (!full) mask_scores<Tiles>(s, call.mask, args.rows, my_row, k0, sizes.keys);
+    if (!full) mask_scores<Tiles>(s, call.mask, args.rows, my_first_row(), k0, sizes.keys);
 
     copy_async_wait<0>();
     __syncthreads();  // V is here, and nobody reads this K any more
@@ -183,7 +194,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = my_row + m * 16 + h * 8, token = args.rows.token(min(row, args.rows.count - 1));
+      const int row = my_first_row() + m * 16 + h * 8, token = args.rows.token(min(row, args.rows.count - 1));
       const int head = kv_head * group + (min(row, args.rows.count - 1) - token * group);
       float sum = row_sum[m][h];
       sum += __shfl_xor_sync(~0u, sum, 1);
@@ -205,7 +216,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kMinBlocks)
   store_accumulators<T, Tiles::kValueDim>(smem, warp * Tiles::kWarpRows, 0, o);
   __syncthreads();
   using CopyO = TileCopy<T, Tiles::kValueDim, Tiles::kRows, Tiles::kThreads>;
-  CopyO::store_rows(smem, call.out, args.rows, first, kv_head, sizes.value_dim);
+  CopyO::store_rows(smem, call.out, args.rows, first_row(), kv_head, sizes.value_dim);
 }
 
 template <typename T, int kDim, int kValueDim>

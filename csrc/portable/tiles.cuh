@@ -12,15 +12,18 @@ namespace tree_attn::portable {
 // and log2_scale carries the cap instead.
 struct Scaling {
   bool capped;
-  float inner_scale;
+  float inner_scale;  // 0 for none
   float log2_scale;
   float scale;
 
   Scaling(float scale, float softcap)
       : capped(softcap != 0.f),
-        inner_scale(capped ? scale / softcap : 0.f),
+        inner_scale(capped ? not_zero(scale / softcap) : 0.f),
         log2_scale((capped ? softcap : scale) * kLog2e),
         scale(scale) {}
+
+  // An inner scale of 0 means that there is none; one so small does to every score what 0 would.
+  static float not_zero(float x) { return x == 0.f ? 1e-30f : x; }
 };
 
 // tanh to about 1e-7 absolute; tanh.approx would be off by 5e-4, which a cap of 50 turns into 2 % of a probability.

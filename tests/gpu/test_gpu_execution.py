@@ -169,7 +169,8 @@ def test_opcheck_passes_on_cuda_tensors(path):
     inputs = make_inputs(small)
     torch.library.opcheck(torch.ops.tree_attn.attention.default, _operator_arguments(inputs))
     results = run(inputs, "cuda")
-    forward = (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out.clone(), results.lse.clone())
+    scratch = torch.empty(1, dtype=torch.int32, device="cuda")
+    forward = (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out.clone(), results.lse.clone(), scratch)
     torch.library.opcheck(_kernels.load().forward, forward, test_utils="test_schema")
 
 
@@ -179,7 +180,9 @@ def test_operators_refuse_what_would_be_read_or_written_out_of_bounds():
     results = run(inputs, "cuda")
     forward = _kernels.load().forward
     names = [argument.name for argument in forward._schema.arguments]
-    good = dict(zip(names, (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out, results.lse), strict=True))
+    scratch = torch.empty(1, dtype=torch.int32, device="cuda")
+    values = (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out, results.lse, scratch)
+    good = dict(zip(names, values, strict=True))
     forward(**good)
     for name, bad, message in (
         ("q", good["q"].cpu(), "q is not on a GPU"),
@@ -192,6 +195,7 @@ def test_operators_refuse_what_would_be_read_or_written_out_of_bounds():
         ("end_bounds", good["end_bounds"][:-1], "end_bounds has shape"),
         ("lse", good["lse"].T.contiguous().T, "lse has shape"),
         ("sinks", good["sinks"].double(), "sinks has the wrong dtype"),
+        ("scratch", scratch[:0], "scratch has shape"),
         ("path", 3, "path is 3"),
         ("window", -1, "window is -1, out of range"),
     ):

@@ -74,6 +74,7 @@ class CudaBackend(Backend):
             *_config(),
             out,
             lse,
+            torch.empty(1, dtype=torch.int32, device=q.device),  # the counter of the kernel's schedule
         )
         return out, lse
 
