@@ -94,7 +94,7 @@ for name in ("forward", "backward"):
     print(name, *written)
 assert library.build["version"] == tree_attn.__version__
 """)
-    assert out.splitlines() == ["forward out lse", "backward workspace delta grad_q grad_k grad_v"]
+    assert out.splitlines() == ["forward out lse scratch", "backward workspace delta grad_q grad_k grad_v"]
 
 
 @needs_library

@@ -1,21 +1,67 @@
-"""``tree_attention``: checks the arguments, picks the backend and makes the call differentiable.
-
-Eager calls run the chosen backend straight from an autograd function. Traced calls (``torch.compile``, fake tensors,
-dispatch modes) go through one opaque operator, ``tree_attn::attention``, which picks the backend when it
-runs; only a backend that must itself be traced to be fast is picked while tracing, under a guard on the choice.
-"""
+"""``tree_attention`` and ``explain``: the public calls, and the checks of their arguments."""
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
-import torch.utils._python_dispatch as python_dispatch
 from torch import Tensor
 
 from tree_attn import registry
-from tree_attn.mask import GRANULE, RowRanges, TreeMask
-from tree_attn.registry import Explanation, Options, Request
+from tree_attn._operator import attend, autocast_enabled, make_request
+from tree_attn.mask import TreeMask
+from tree_attn.registry import Explanation, Options
 
-OP_NAMESPACE = "tree_attn"
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def tree_attention(
@@ -25,7 +71,7 @@ def tree_attention(
     mask: TreeMask,
     *,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,  # an int: with dynamic=True torch.compile makes a float default a variable, and traces twice
     window: int | None = None,
     sinks: Tensor | None = None,
     deterministic: bool = False,
@@ -52,50 +98,25 @@ def tree_attention(
 
     Returns:
         ``out (tokens, heads, value_dim)`` in the dtype of ``q``, and with ``return_lse`` also ``lse (heads, tokens)``,
-        float32 (float64 for float64 inputs), natural logarithm. Both are differentiable, once.
+        float32 (float64 for float64 inputs), natural logarithm. A row that sees nothing gives 0 and -inf.
+        Both are differentiable in q, k, v and sinks, once: second derivatives, forward mode and ``vmap`` are errors.
         Under autocast q, k and v are first cast to the autocast dtype.
 
     Raises:
         TypeError: an argument of the wrong type, a dtype that is not supported, or mixed dtypes.
         ValueError: shapes, devices or options that do not fit together.
         BackendUnavailable: the forced backend, or every backend, has a reason not to run; all are listed.
+
+    Example:
+        >>> mask = TreeMask.from_nodes([-1, 0, 0], [3, 2, 2])
+        >>> q, k, v = torch.randn(7, 8, 64), torch.randn(7, 2, 64), torch.randn(7, 2, 64)
+        >>> tree_attention(q, k, v, mask).shape
+        torch.Size([7, 8, 64])
     """
     q, k, v = _autocast(q, k, v)
     options = _check(q, k, v, mask, scale, softcap, window, sinks, deterministic)
     out, lse = attend(q, k, v, sinks, mask.ranges(), options, backend)
     return (out, lse) if return_lse else out
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    ranges: RowRanges,
-    options: Options,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` for any rectangular mask; arguments already checked."""
-    if torch.compiler.is_compiling():
-        device, dtype, *dims, softcap, window, with_sinks, deterministic, rectangular = _request(
-            q, k, v, sinks, ranges, options
-        )
-        sizes = [len([0] * n) for n in dims]  # a list makes torch.compile specialise on a symbolic size
-        traced = _traced_backend(
-            registry.generation, registry.forced(backend), device, dtype, *sizes,
-            softcap, window, with_sinks, deterministic, rectangular,
-        )  # fmt: skip
-    elif _is_plain(q):
-        chosen = registry.select(_request(q, k, v, sinks, ranges, options), registry.forced(backend))
-        if not chosen.traced:
-            return _Attention.apply(q, k, v, sinks, chosen, ranges, options)
-        traced = chosen.name
-    else:
-        chosen = registry.select(_request(q, k, v, sinks, ranges, options), registry.forced(backend))
-        traced = chosen.name if chosen.traced else None
-    if traced is not None:
-        return registry._backends[traced].attend(q, k, v, sinks, ranges, options)
-    return _op(q, k, v, sinks, *ranges, *_flat(options), backend)
 
 
 def explain(
@@ -105,7 +126,7 @@ def explain(
     mask: TreeMask,
     *,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     window: int | None = None,
     sinks: Tensor | None = None,
     deterministic: bool = False,
@@ -116,19 +137,20 @@ def explain(
     del return_lse  # accepted so that one call's arguments fit both functions
     q, k, v = _autocast(q, k, v)
     options = _check(q, k, v, mask, scale, softcap, window, sinks, deterministic)
-    return registry.explain_request(_request(q, k, v, sinks, mask.ranges(), options), registry.forced(backend))
+    return registry.explain_request(make_request(q, k, v, sinks, mask.ranges(), options), registry.forced(backend))
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NO_WINDOW = 2**31 - 1  # hides nothing, and fits the int32 that depths are compared in
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise TypeError(f"q, k and v are {kinds}; give three tensors")
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocast_enabled(q.device):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     return tuple(x.to(dtype) if x.dtype in _DTYPES[:3] else x for x in (q, k, v))  # type: ignore[return-value]
@@ -184,7 +206,7 @@ def _check(
     return Options(
         float(head_dim) ** -0.5 if scale is None else float(scale),
         float(softcap),
-        window,
+        window if window is None or window < _NO_WINDOW else _NO_WINDOW,
         bool(deterministic),
     )
 
@@ -192,6 +214,8 @@ def _check(
 def _check_options(scale: float | None, softcap: float, window: int | None, deterministic: bool) -> None:
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale is {type(scale).__name__}; give a number, or None for head_dim ** -0.5")
+    if scale is not None and not float("-inf") < scale < float("inf"):
+        raise ValueError(f"scale is {scale}; give a finite number, or None for head_dim ** -0.5")
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap is {type(softcap).__name__}; give a number, 0 for none")
     if not 0.0 <= softcap < float("inf"):
@@ -213,159 +237,3 @@ def _check_sinks(sinks: Tensor, q: Tensor) -> None:
         raise TypeError(f"sinks is {sinks.dtype}; give a floating-point tensor")
     if sinks.device != q.device:
         raise ValueError(f"sinks is on {sinks.device} and q on {q.device}; put both on one device")
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------
-
-
-def _request(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ranges: RowRanges, options: Options
-) -> Request:
-    return Request(
-        q.device,
-        q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        v.shape[2],
-        not not options.softcap,  # a bool even where torch.compile holds the number as a symbol
-        options.window is not None,
-        sinks is not None,
-        options.deterministic,
-        ranges.row_begin is not None,
-    )
-
-
-@torch.compiler.assume_constant_result
-def _traced_backend(generation: str, name: str | None, *request: object) -> str | None:
-    """The name of the chosen backend if it must be traced, None if the operator should choose when it runs."""
-    chosen = registry.select(Request(*request), name)  # type: ignore[arg-type]
-    return chosen.name if chosen.traced else None
-
-
-def _is_plain(q: Tensor) -> bool:
-    """No dispatch mode or subclass that has to see an operator."""
-    return type(q) in (Tensor, torch.nn.Parameter) and python_dispatch._get_current_dispatch_mode() is None
-
-
-# -- autograd, eager -------------------------------------------------------------------------------------------------
-
-
-class _Attention(torch.autograd.Function):
-    """The chosen backend as a differentiable function of q, k, v and sinks."""
-
-    @staticmethod
-    def forward(q, k, v, sinks, backend, ranges, options):  # type: ignore[no-untyped-def]
-        return backend.forward(q, k, v, sinks, ranges, options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        q, k, v, sinks, backend, ranges, options = inputs
-        ctx.save_for_backward(q, k, v, sinks, *output, *ranges)
-        ctx.backend, ctx.options = backend, options
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-        q, k, v, sinks, out, lse, *ranges = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * 7
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = ctx.backend.backward(
-            grad_out, grad_lse, q, k, v, sinks, out, lse, RowRanges(*ranges), ctx.options
-        )
-        return *grads, None, None, None
-
-
-# -- operators, traced -----------------------------------------------------------------------------------------------
-
-_RANGES = (
-    "Tensor? row_begin, Tensor row_end, Tensor q_depth, Tensor k_depth, Tensor? begin_bounds, Tensor end_bounds, "
-    "Tensor q_depth_bounds, Tensor k_depth_bounds"
-)
-_OPTIONS = "float scale, float softcap, SymInt? window, bool deterministic, str? backend"
-
-_library = torch.library.Library(OP_NAMESPACE, "DEF")
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_RANGES}, {_OPTIONS}) -> (Tensor, Tensor)")
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
-    f"Tensor lse, {_RANGES}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_op = getattr(torch.ops, OP_NAMESPACE).attention.default
-_op_backward = getattr(torch.ops, OP_NAMESPACE).attention_backward.default
-_N_RANGES = len(RowRanges._fields)
-
-
-def _flat(options: Options) -> tuple[float, float, int | None, bool]:
-    return options.scale, options.softcap, options.window, options.deterministic
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _run(q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
-    ranges, options, backend = _split(rest)
-    chosen = _select_opaque(q, k, v, sinks, ranges, options, backend)
-    out, lse = chosen.forward(q, k, v, sinks, ranges, options)
-    return out.contiguous(), lse.contiguous()
-
-
-@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _run_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, *rest):  # type: ignore[no-untyped-def]
-    ranges, options, backend = _split(rest)
-    chosen = _select_opaque(q, k, v, sinks, ranges, options, backend)
-    *grads, grad_sinks = chosen.backward(grad_out, grad_lse, q, k, v, sinks, out, lse, ranges, options)
-    return *(g.contiguous() for g in grads), q.new_empty(0) if grad_sinks is None else grad_sinks
-
-
-@torch.library.register_fake(f"{OP_NAMESPACE}::attention", lib=_library)
-def _fake(q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
-
-
-@torch.library.register_fake(f"{OP_NAMESPACE}::attention_backward", lib=_library)
-def _fake_backward(grad_out, grad_lse, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
-    grad_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, sinks, *rest = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output, *rest[:_N_RANGES])
-    ctx.rest = rest[_N_RANGES:]
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, sinks, out, lse, *ranges = ctx.saved_tensors
-    nothing = (None,) * (_N_RANGES + len(ctx.rest))
-    if grad_out is None and grad_lse is None:
-        return None, None, None, None, *nothing
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    *grads, grad_sinks = _op_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, *ranges, *ctx.rest)
-    return *grads, None if sinks is None else grad_sinks, *nothing
-
-
-torch.library.register_autograd(
-    f"{OP_NAMESPACE}::attention", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-
-
-def _split(rest: tuple) -> tuple[RowRanges, Options, str | None]:
-    return RowRanges(*rest[:_N_RANGES]), Options(*rest[_N_RANGES:-1]), rest[-1]
-
-
-def _select_opaque(q, k, v, sinks, ranges, options, backend):  # type: ignore[no-untyped-def]
-    chosen = registry.select(_request(q, k, v, sinks, ranges, options), registry.forced(backend))
-    if chosen.traced:
-        raise registry.BackendUnavailable(
-            f"{chosen.name!r} was chosen after this graph was traced, and it must be chosen while tracing. Choose it "
-            f"with use_backend() or the backend argument, which trace again, instead of {registry.ENVIRONMENT_VARIABLE}."
-        )
-    return chosen

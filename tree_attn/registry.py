@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,7 @@ ENVIRONMENT_VARIABLE = "TREE_ATTN_BACKEND"
 ENTRY_POINT_GROUP = "tree_attn.backends"
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818  part of the public interface
     """No backend, or not the forced one, can run the request; the message lists every reason."""
 
 
@@ -62,8 +62,8 @@ class Backend:
 
     Tensors are ``q (rows, heads, head_dim)``, ``k (keys, kv_heads, head_dim)``, ``v (keys, kv_heads, value_dim)``,
     ``sinks (heads,)`` or None, ``out (rows, heads, value_dim)``, ``lse (heads, rows)`` without the sink; already
-    validated. A backend implements :meth:`forward` and :meth:`backward`, or sets ``traced`` and implements
-    :meth:`attend`.
+    validated, with a contiguous last dimension (``grad_out`` too) and any other strides. Autocast is off in every call.
+    A backend implements :meth:`forward` and :meth:`backward`, or sets ``traced`` and implements :meth:`attend`.
     """
 
     name: str
@@ -125,11 +125,13 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Add a backend. Packages may instead name one in the entry-point group ``tree_attn.backends``.
 
     Raises:
-        TypeError: not a :class:`Backend` instance.
+        TypeError: not a :class:`Backend` instance, or one without a name or a priority.
         ValueError: the name is taken and ``replace`` is False.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"register_backend takes an instance of tree_attn.Backend, not {type(backend).__name__}")
+    if not isinstance(getattr(backend, "name", None), str) or not isinstance(getattr(backend, "priority", None), int):
+        raise TypeError(f"{type(backend).__name__} needs a name (str) and a priority (int)")
     if backend.name in _backends and not replace:
         raise ValueError(f"a backend named {backend.name!r} is registered; pass replace=True to replace it")
     _backends[backend.name] = backend
@@ -174,53 +176,73 @@ def _load_entry_points() -> None:
             warnings.warn(f"tree_attn backend {entry.name!r}: {_load_errors[entry.name]}", stacklevel=2)
 
 
-def _named(name: str) -> Backend:
+def _named(name: str, context: str = "") -> Backend:
     _load_entry_points()
     if name not in _backends:
         known = ", ".join(b.name for b in backends())
-        raise ValueError(f"there is no backend {name!r}; choose one of: {known}")
+        raise ValueError(f"{context}there is no backend {name!r}; choose one of: {known}")
     return _backends[name]
 
 
 # -- forcing a choice ------------------------------------------------------------------------------------------------
 
-_in_context: ContextVar[str | None] = ContextVar("tree_attn_backend", default=None)
-
-
-class _Traced:
-    """What ``use_backend`` set last, where torch.compile can guard on it (it cannot read a ContextVar)."""
-
-    name: str | None = None
-
-
-_traced = _Traced()
+# Plain threading.local, not a ContextVar and not a subclass: torch.compile can read it, and its guards look at the
+# thread that calls.
+_in_thread = threading.local()
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend inside a ``with`` block, in this thread or task; None lifts an outer one.
+    """Force a backend for every call that this thread makes inside a ``with`` block; None lifts an outer block.
 
-    Code compiled by ``torch.compile`` obeys it too, when called and when traced; while one thread traces, no other
-    should force a traced backend (flex).
+    Code compiled by ``torch.compile`` obeys it, inside and around the compiled function. A backward pass runs the
+    backend that its forward pass was forced to, wherever it is called.
 
     Raises:
         ValueError: no backend has that name.
+
+    Example:
+        >>> with tree_attn.use_backend("reference"):
+        ...     out = tree_attn.tree_attention(q, k, v, mask)
     """
     if name is not None:
         _named(name)
-    token, before = _in_context.set(name), _traced.name
-    _traced.name = name
+    before = forced_in_thread()
+    _force_in_thread(name)
     try:
         yield
     finally:
-        _in_context.reset(token)
-        _traced.name = before
+        _force_in_thread(before)
+
+
+def _force_in_thread(name: str | None) -> None:
+    """None is no attribute, as in a new thread: one state, and so one guard, for all that is not forced."""
+    if name is not None or torch.compiler.is_compiling():  # torch.compile cannot trace the deletion
+        _in_thread.name = name
+    elif hasattr(_in_thread, "name"):
+        del _in_thread.name
+
+
+def forced_in_thread() -> str | None:
+    """The name that :func:`use_backend` forces in this thread."""
+    return getattr(_in_thread, "name", None)
+
+
+def forced_in_environment() -> str | None:
+    """The name that the environment forces, read anew at every call.
+
+    torch.compile cannot guard on it. A compiled call obeys a change all the same, because the operator chooses when it
+    runs; only away from a traced backend (flex) does a change go unseen, and towards one it is an error.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in _backends:
+        _named(name, f"{ENVIRONMENT_VARIABLE} is {name!r}, but ")
+    return name
 
 
 def forced(argument: str | None = None) -> str | None:
-    """The backend that the argument, the context or the environment forces, in that precedence."""
-    in_context = _traced.name if torch.compiler.is_compiling() else _in_context.get()
-    return argument or in_context or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    """The backend that the argument, the thread or the environment forces, in that precedence."""
+    return argument or forced_in_thread() or forced_in_environment()
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -253,12 +275,16 @@ def _search(request: Request, name: str | None) -> Backend:
 
 
 def _warn_of_better(candidates: tuple[Backend, ...], reasons: dict[str, list[str]], request: Request) -> None:
-    """Say once that this machine could run a better backend than it has."""
-    for name, why in reasons.items():
-        remedy = next(b for b in candidates if b.name == name).remedy(request) if why else None
-        if remedy and name not in _warned:
-            _warned.add(name)
-            warnings.warn(f"tree_attn: the {name!r} backend would be faster here ({why[0]}). {remedy}", stacklevel=5)
+    """Say once in a process that this machine could run a better backend than it has."""
+    for backend in candidates[: len(reasons) - 1]:  # those that cannot run, best first
+        remedy = backend.remedy(request)
+        if remedy:
+            if backend.name not in _warned:
+                _warned.add(backend.name)
+                why = "; ".join(reasons[backend.name])
+                message = f"tree_attn: the {backend.name!r} backend would be faster here, but: {why}. {remedy}"
+                warnings.warn(message, stacklevel=6)  # the caller of tree_attention
+            return
 
 
 def _describe(request: Request) -> str:

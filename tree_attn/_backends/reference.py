@@ -1,7 +1,7 @@
 """Plain softmax attention over the dense mask: slow, O(rows * keys) memory, and what every other backend is held to.
 
-Accumulates in float32, or in float64 for float64 inputs. Everything is written out, the gradients too, so that it can be
-checked against the formulas of a paper and against autograd.
+Accumulates in float32, or in float64 for float64 inputs. Everything is written out, the gradients too, so that it can
+be checked against the formulas of a paper and against autograd.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class ReferenceBackend(Backend):
         grad_sinks = None
         if sinks is not None:
             p_sink = torch.exp(_accumulate(sinks)[:, None] - _with_sink(lse, sinks))
+            p_sink = torch.where(lse == float("-inf"), 0, p_sink)  # rows that see nothing have nothing to weigh
             grad_sinks = -(p_sink * delta).sum(-1).to(sinks.dtype)
         return grad_q.to(q.dtype), _sum_groups(grad_k, k), _sum_groups(grad_v, v), grad_sinks
 

@@ -1,0 +1,42 @@
+"""What every test file shares: GPU tests are skipped with a reason, and no test leaves a choice of backend behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tree_attn import registry
+
+# Every option runs on these two without a GPU and without compiling.
+CPU_BACKENDS = ("reference", "sdpa")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def cpu_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that serves every option on a CPU."""
+    return request.param
+
+
+@pytest.fixture
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A copy of the registry to change: what a test registers, forces or warns of is gone afterwards."""
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_load_errors", {})
+    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "_entry_points_loaded", True)
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    registry.reset()
+    yield
+    monkeypatch.undo()
+    registry.reset()
