@@ -3,8 +3,9 @@
     python ci/bench_sdpa_cpu.py [repetitions]
 
 8 query heads, 2 key/value heads, head dim 64, float32. The dense call gets its boolean mask, and the keys and values
-repeated for every head, for free. Repetitions alternate between the two, and medians are compared. Exits with 1 if a promise is missed: at least 2x as fast on a prompt of 1024 tokens with 12
-responses of 256, at most 1.15x the time on one causal sequence of 4096.
+repeated for every head, for free. Repetitions alternate between the two, and medians are compared. Exits with 1 if a
+promise is missed: at least 2x as fast on a prompt of 1024 tokens with 12 responses of 256, at most 1.15x the time on
+one causal sequence of 4096.
 """
 
 from __future__ import annotations

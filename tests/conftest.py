@@ -1,4 +1,4 @@
-"""What every test file shares: GPU tests are skipped with a reason, and no test leaves a choice of backend behind."""
+"""What every test file shares: one thread, GPU tests skipped with a reason, a registry to change and put back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tree_attn import registry
+
+# The tensors here are small: a second thread gains nothing, and waits for its core on a machine with other work.
+torch.set_num_threads(1)
 
 # Every option runs on these two without a GPU and without compiling.
 CPU_BACKENDS = ("reference", "sdpa")

@@ -35,8 +35,11 @@ def dfs_arrays(forest: Forest) -> tuple[list[int], list[int]]:
 
 def subtree_end_by_definition(parent: list[int]) -> list[int]:
     """One past the last token that has the token among its ancestors."""
-    paths = ancestors(parent)
-    return [1 + max(q for q, path in enumerate(paths) if k in path) for k in range(len(parent))]
+    end = [0] * len(parent)
+    for token, path in enumerate(ancestors(parent)):
+        for ancestor in path:
+            end[ancestor] = token + 1
+    return end
 
 
 def first_offence(parent: list[int]) -> int | None:

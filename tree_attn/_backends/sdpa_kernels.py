@@ -119,7 +119,7 @@ class Kernel:
 
 # -- blocks of rows with an element mask -----------------------------------------------------------------------------
 
-# The most rows of a block, and the time of starting one, in multiplications and additions of one head.
+# The most rows of a block, and the time of starting one, in multiply-adds of all heads.
 _CPU_BLOCKS = 1024, 2**27
 _BLOCKS = 2048, 2**32
 
@@ -223,7 +223,8 @@ class MatrixKernel(_BlockKernel):
 
     def _operand(self, x: Tensor) -> Tensor:
         """What a matrix product takes: half precision as it is where tensor cores add up in float32."""
-        return x.to(self.dtype if self.device.type == "cuda" else accumulator(self.dtype))
+        tensor_cores = self.device.type == "cuda" and torch.version.hip is None
+        return x.to(self.dtype if tensor_cores else accumulator(self.dtype))
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
