@@ -61,6 +61,8 @@ def library_at(monkeypatch):
     def put(path: Path) -> None:
         monkeypatch.setattr(_kernels, "LIBRARY", path)
         monkeypatch.setattr(_kernels, "_loaded", None)
+        # Another test of this process may have loaded the real one, and operators cannot be unregistered.
+        monkeypatch.setattr(_kernels, "OP_NAMESPACE", "tree_attn_cuda_of_another_name")
         _kernels.unavailable.cache_clear()
         registry.reset()
 

@@ -252,7 +252,7 @@ class TreeMask:
 
         Example:
             >>> [rank.tolist() for rank in TreeMask.from_nodes([-1, 0, 0], [3, 2, 1]).shard(2)]
-            [[0, 1, 2], [3, 4, 5]]
+            [[0, 1, 2, 3], [4, 5]]
         """
         from tree_attn.distributed._shard import shard
 

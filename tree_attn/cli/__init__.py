@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tree_attn._version import __version__
 
 INSTALL_CLI = 'pip install "tree-attn[cli]"'
-COMMANDS = ("doctor", "demo", "show", "bench")
+COMMANDS = ("doctor", "demo", "show", "bench", "cp-plan")
 
 
 def missing(*modules: str) -> list[str]:
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     absent = missing("typer", "rich")
     if absent:
         return _plain(arguments, absent)
+    from tree_attn.cli import cp_plan  # noqa: F401  adds its command to the app
     from tree_attn.cli.app import app
 
     try:
