@@ -1,9 +1,12 @@
 """Builds the pure package, or with TREE_ATTN_CUDA=1 the package with the CUDA kernels (csrc/build.py).
 
-A pure build imports neither torch nor the kernel build, and runs no compiler.
+A pure build imports neither torch nor the kernel build, and runs no compiler. TREE_ATTN_WHEEL names a variant of
+wheels/matrix.toml and makes a wheel for publishing: its architectures, and a version that ends in the label of the
+toolkit that builds it ("0.1.0+cu130"). The matrix is baked into the package, for `tree-attn doctor`.
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -20,7 +23,26 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "tree_attn/libtree_attn_cuda.so"
+MATRIX = "tree_attn/_matrix.json"
+VARIANT = os.environ.get("TREE_ATTN_WHEEL")
 WITH_KERNELS = os.environ.get("TREE_ATTN_CUDA", "0").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"tree_attn_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel_row():
+    """The row of the matrix that this toolkit and TREE_ATTN_WHEEL make: label, toolkit, archs."""
+    matrix, build_kernels = load(ROOT / "wheels" / "matrix.py"), load(ROOT / "csrc" / "build.py")
+    try:
+        toolkit = ".".join(map(str, build_kernels.find_nvcc().version))
+        return matrix.build_row(matrix.load(), matrix.label_of(toolkit), VARIANT)
+    except (build_kernels.BuildError, ValueError) as error:
+        raise SystemExit(f"\ntree_attn: {error}") from None
 
 
 class BuildKernels(Command):
@@ -37,11 +59,14 @@ class BuildKernels(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        spec = importlib.util.spec_from_file_location("tree_attn_build", ROOT / "csrc" / "build.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load(ROOT / "csrc" / "build.py")
+        output = ROOT / LIBRARY if self.editable_mode else Path(self.build_lib) / LIBRARY
         try:
-            module.build(ROOT / LIBRARY if self.editable_mode else Path(self.build_lib) / LIBRARY)
+            if VARIANT:
+                row = wheel_row()  # each wheel keeps its objects apart
+                module.build(output, row["archs"], folder=ROOT / "build" / f"kernels-{row['cuda']}-{VARIANT}")
+            else:
+                module.build(output)
         except module.BuildError as error:
             raise SystemExit(f"\ntree_attn: {error}") from None
 
@@ -66,11 +91,28 @@ class BuildPy(build_py):
         if not self.editable_mode:
             Path(self.build_lib, LIBRARY).unlink(missing_ok=True)
 
+    def run(self):
+        super().run()
+        source = ROOT / "wheels" / "matrix.py"
+        if source.exists():  # without it the package advises building from source
+            module = load(source)
+            baked = ROOT / MATRIX if self.editable_mode else Path(self.build_lib) / MATRIX
+            baked.write_text(json.dumps(module.load(), indent=1) + "\n")
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / MATRIX)]
+
     def find_data_files(self, package, src_dir):
-        return [f for f in super().find_data_files(package, src_dir) if not f.endswith(".so")]
+        left_behind = (".so", Path(MATRIX).name)
+        return [f for f in super().find_data_files(package, src_dir) if not f.endswith(left_behind)]
 
 
 class Package(Distribution):
+    def parse_config_files(self, *arguments, **options):
+        super().parse_config_files(*arguments, **options)
+        if VARIANT and WITH_KERNELS and "+" not in self.metadata.version:
+            self.metadata.version += f"+{wheel_row()['label']}"
+
     def has_ext_modules(self):
         return WITH_KERNELS  # then the wheel is for one platform
 

@@ -22,8 +22,8 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
     exit 1
 fi
 
-stamp=.venv/installed-$extra
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+up_to_date() { [ -f "$1" ] && [ "$1" -nt pyproject.toml ] && [ "$1" -nt setup.py ]; }
+if ! up_to_date .venv/installed-dev && ! up_to_date ".venv/installed-$extra"; then # dev includes every other extra
     pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
     if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         if [ -z "${TORCH_INDEX+set}" ] && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
@@ -34,5 +34,5 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ setup.py -nt "$stam
         fi
     fi
     pip install --editable ".[$extra]"
-    touch "$stamp"
+    touch ".venv/installed-$extra"
 fi

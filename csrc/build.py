@@ -228,6 +228,7 @@ def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[A
     # One list: as separate arguments nvcc reorders them and the linker drops libtorch, which has the stream function.
     torch_libraries = "-Xlinker=--no-as-needed,-ltorch,-ltorch_cpu,--as-needed"
     link = [*host, "-shared", "-cudart=static", f"-L{torch / 'lib'}", torch_libraries]
+    link.append("-Xlinker=--strip-all")  # names of nvcc's temporary files, other in every build
     link.append(f"-Xlinker=--version-script={_relative(csrc / 'exports.map', root)}")
 
     lines = [

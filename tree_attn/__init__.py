@@ -7,6 +7,7 @@
 """
 
 from tree_attn import _backends  # noqa: F401  registers them
+from tree_attn._hub import use_hub
 from tree_attn._version import __version__
 from tree_attn.attention import explain, tree_attention
 from tree_attn.mask import RowRanges, TreeMask
@@ -41,4 +42,5 @@ __all__ = [
     "tree_attention",
     "unregister_backend",
     "use_backend",
+    "use_hub",
 ]

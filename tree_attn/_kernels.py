@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from tree_attn import _hub, _matrix
 from tree_attn._version import __version__
 
 # Two libraries that define the same operators end the process, so every build that may meet another has its own.
@@ -80,6 +81,15 @@ def load() -> Kernels | Unavailable:
     return _loaded
 
 
+def forget_absence() -> None:
+    """Look again at the next call, if there was no library; one that is loaded stays."""
+    global _loaded
+    with _lock:
+        if isinstance(_loaded, Unavailable):
+            _loaded = None
+            unavailable.cache_clear()
+
+
 @functools.cache
 def unavailable(device: int) -> Unavailable | None:
     """Why the kernels cannot run on this CUDA device, or None when they can."""
@@ -113,7 +123,7 @@ def _judge(device: int, facts: DeviceFacts, error_text: Callable[[int], bytes]) 
         return Unavailable(
             f"the NVIDIA driver is for CUDA {_dotted(facts.driver)}, too old for this build, which needs CUDA "
             f"{_dotted(facts.runtime)}",
-            f"Update the driver, or build with an older CUDA toolkit: {install_command()}",
+            f"Update the driver, or {_get_them('build with an older CUDA toolkit', (facts.major, facts.minor))}",
         )
     if facts.count_error == _NO_DEVICE or (facts.count_error == 0 and device >= facts.count):
         return Unavailable(f"CUDA sees {facts.count} GPUs, none with index {device}")
@@ -123,7 +133,7 @@ def _judge(device: int, facts: DeviceFacts, error_text: Callable[[int], bytes]) 
         arch = f"{facts.major}{facts.minor}"
         return Unavailable(
             f"this build has no code that the GPU, {capability}, can run",
-            f'Build for it: TREE_ATTN_CUDA_ARCHS="{arch}" {install_command()}',
+            _sentence(_get_them("build for it", (facts.major, facts.minor), f'TREE_ATTN_CUDA_ARCHS="{arch}" ')),
         )
     error = facts.count_error or facts.probe_error
     return Unavailable(f"CUDA does not start: {error_text(error).decode()} (error {error})") if error else None
@@ -133,36 +143,65 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def _is_checkout() -> bool:
+    return (LIBRARY.parent.parent / "csrc" / "build.py").exists()
+
+
+def _get_them(build: str, capability: tuple[int, int] | None, environment: str = "") -> str:
+    """How this machine gets kernels that it can run: a wheel where one fits, else a build, introduced by ``build``."""
+    wheel = None if _is_checkout() else _matrix.command(capability)
+    return f"install the wheel that fits: {wheel}" if wheel else f"{build}: {environment}{install_command()}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def install_command() -> str:
     """The command that builds the kernels for this install."""
     checkout = LIBRARY.parent.parent
-    if (checkout / "csrc" / "build.py").exists():
+    if _is_checkout():
         return f"TREE_ATTN_CUDA=1 pip install --no-build-isolation -e {checkout}"
     return "TREE_ATTN_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall --no-binary=:all: tree-attn"
 
 
 def _load() -> Kernels | Unavailable:
-    if not LIBRARY.exists():
-        return Unavailable("not built: this install has no CUDA kernels", f"Build them: {install_command()}")
+    path, namespace = LIBRARY, OP_NAMESPACE
+    from_hub = None if LIBRARY.exists() else _hub.find()
+    if isinstance(from_hub, str):
+        return Unavailable(f"not built, and {from_hub}")
+    if from_hub is not None:
+        path, namespace = from_hub
+    elif not LIBRARY.exists():
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        without = "not built: this install has no CUDA kernels"
+        return Unavailable(without + _why_no_wheel(capability), _sentence(_get_them("build them", capability)))
     again = f"Build it again: {install_command()}"
-    operator = f"{OP_NAMESPACE}::forward"
+    operator = f"{namespace}::forward"
     if torch._C._dispatch_has_kernel(operator):
         return Unavailable(
             f"the operator {operator} is there already, from another copy of the library in this process; "
             "loading a second one would end the process",
         )
     try:
-        torch.ops.load_library(str(LIBRARY))
-        functions = _declare(ctypes.CDLL(str(LIBRARY)))
+        torch.ops.load_library(str(path))
+        functions = _declare(ctypes.CDLL(str(path)))
     except OSError as error:
-        return Unavailable(f"{LIBRARY.name} does not load on this platform: {error.__cause__ or error}", again)
+        return Unavailable(f"{path.name} does not load on this platform: {error.__cause__ or error}", again)
     except AttributeError as error:
-        return Unavailable(f"{LIBRARY.name} is another library than this package needs: {error}", again)
+        return Unavailable(f"{path.name} is another library than this package needs: {error}", again)
     build = json.loads(functions.tree_attn_build_info())
     if build["version"] != __version__:
-        return Unavailable(f"{LIBRARY.name} was built for tree_attn {build['version']}, this is {__version__}", again)
-    operators = getattr(torch.ops, OP_NAMESPACE)
+        return Unavailable(f"{path.name} was built for tree_attn {build['version']}, this is {__version__}", again)
+    operators = getattr(torch.ops, namespace)
     return Kernels(operators.forward.default, operators.backward.default, functions, build)
+
+
+def _why_no_wheel(capability: tuple[int, int] | None) -> str:
+    """What pip does not say when it takes the pure wheel because none with kernels fits the platform."""
+    matrix, machine = None if _is_checkout() else _matrix.load(), _matrix.this_machine(capability)
+    chosen = _matrix.choose(machine, matrix) if matrix and machine.driver_cuda else None
+    return f", and no wheel that has them fits this machine: {chosen.why}" if chosen and not chosen.label else ""
 
 
 def _declare(functions: ctypes.CDLL) -> ctypes.CDLL:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import tree_attn
+from tree_attn import _matrix
 from tree_attn.cli import INSTALL_CLI, missing
 
 # extra -> what it installs, by the name it is imported under
@@ -45,6 +46,7 @@ def report() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "driver": driver,
         "gpus": _gpus(),
+        "wheel": _wheel(),
         "extras": extras,
         "backends": machines,
         "advice": _advice(driver, extras, machines),
@@ -76,6 +78,10 @@ def as_text() -> str:
             lines.append("GPU        none that torch can use")
         else:
             lines.append(f"GPU {gpu['index']}      {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB")
+    wheel = found["wheel"]
+    lines.append(f"wheel      {wheel['label'] or 'none with kernels fits'} ({wheel['why']})")
+    if wheel["command"]:
+        lines.append(f"           {wheel['command']}")
     lines += ["", "Extras"]
     for name, modules in found["extras"].items():
         each = ", ".join(f"{module} {version or 'missing'}" for module, version in modules.items())
@@ -116,6 +122,16 @@ def _driver() -> str | None:
     if asked.returncode:
         return f"nvidia-smi failed: {(asked.stderr or asked.stdout).strip().splitlines()[:1]}"
     return ", ".join(sorted(set(asked.stdout.split())))
+
+
+def _wheel() -> dict[str, str | None]:
+    """The published wheel for this machine, by its driver and GPU; torch's own CUDA does not matter to it."""
+    matrix = _matrix.load()
+    if matrix is None:
+        return {"label": None, "why": "this copy of the package was not built and knows no wheels", "command": None}
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    chosen = _matrix.choose(_matrix.this_machine(capability), matrix)
+    return {**chosen._asdict(), "command": _matrix.command(capability)}
 
 
 def _gpus() -> list[dict[str, Any]]:

