@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections import defaultdict
@@ -250,6 +251,8 @@ def test_a_model_that_demands_a_mask_gets_one():
 def test_blocks_that_see_one_another_keep_the_mask_the_model_makes():
     from transformers.masking_utils import create_causal_mask
 
+    if "block_sequence_ids" not in inspect.signature(create_causal_mask).parameters:
+        pytest.skip("this version of transformers has no blocks")
     embeddings = torch.zeros(1, 6, 32)
     blocks = torch.tensor([[-1, 0, 0, 0, -1, -1]])  # an image of three tokens, say
     masks = []

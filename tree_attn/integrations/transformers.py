@@ -282,8 +282,9 @@ def attention_mask(
 
     Returns:
         bool ``(batch, tokens)``, False for padding; or int32 ``(batch, tokens)``, the packed sequence of every token,
-        from 1 (``generate()`` may give the result to the model again, which then reads it as "no padding"); or, where these cannot say the mask, bool ``(batch, 1, queries, keys)`` (None where sdpa needs none). The
-        sliding window is not in the first two: the attention function gets it from the layer.
+        from 1 (``generate()`` may give the result to the model again, which then reads it as "no padding"); or,
+        where these cannot say the mask, bool ``(batch, 1, queries, keys)`` (None where all see all). The sliding window
+        is not in the first two: the attention function gets it from the layer.
     """
 
     def spelled_out() -> Tensor | None:
