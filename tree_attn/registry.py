@@ -308,7 +308,7 @@ class Explanation:
         chosen: the name of the backend that would run, or None.
         forced: the name that was forced, or None.
         reasons: for each backend, best first, why it cannot run; empty lists can.
-        details: for each backend a few words on how it would run.
+        details: for each backend that can run, a few words on how it would.
     """
 
     request: str
@@ -339,5 +339,5 @@ def explain_request(request: Request, name: str | None) -> Explanation:
     reasons = {b.name: b.supports(request) for b in everything}
     reasons.update({broken: [why] for broken, why in _load_errors.items() if broken not in reasons})
     able = [b for b, why in reasons.items() if not why and name in (None, b)]
-    details = {b.name: b.detail(request) for b in everything}
+    details = {b.name: b.detail(request) for b in everything if not reasons[b.name]}
     return Explanation(_describe(request), able[0] if able else None, name, reasons, details)
