@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.utils._pytree as pytree
 from forests import SHAPES, assert_close, random_qkv
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
@@ -130,6 +131,28 @@ def test_saved_tensors_may_be_moved_by_hooks(cpu_backend: str) -> None:
     assert_gradients(torch.autograd.grad(loss, inputs), cpu_backend)
 
 
+def test_a_function_of_ones_own_can_save_a_mask_for_its_backward_pass() -> None:
+    """A mask is tensors and nothing else, so save_for_backward takes its leaves."""
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> Tensor:
+            leaves, ctx.spec = pytree.tree_flatten(mask)
+            ctx.save_for_backward(q, k, v, *leaves)
+            return loss_of("reference", q, k, v, mask)
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+            q, k, v, *leaves = ctx.saved_tensors
+            with torch.enable_grad():
+                again = [x.detach().requires_grad_() for x in (q, k, v)]
+                loss = loss_of("reference", *again, pytree.tree_unflatten(leaves, ctx.spec))
+            return *torch.autograd.grad(loss, again, grad_out), None
+
+    inputs = random_qkv(MASK.total)
+    assert_gradients(torch.autograd.grad(Layer.apply(*inputs, MASK), inputs), "reference")
+
+
 # -- torch.func ------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +259,9 @@ class Wrapper(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         seen.append(str(function))
-        unwrap = functools.partial(torch.utils._pytree.tree_map_only, Wrapper, lambda x: x.inner)
+        unwrap = functools.partial(pytree.tree_map_only, Wrapper, lambda x: x.inner)
         result = function(*unwrap(args), **unwrap(kwargs or {}))
-        return torch.utils._pytree.tree_map_only(Tensor, lambda x: x if isinstance(x, Wrapper) else Wrapper(x), result)
+        return pytree.tree_map_only(Tensor, lambda x: x if isinstance(x, Wrapper) else Wrapper(x), result)
 
 
 seen: list[str] = []
