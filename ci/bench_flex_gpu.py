@@ -10,45 +10,18 @@ number, the second for any.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 
 import torch
 import torch._functorch.config
+from gpu_bench import WORKLOADS, Nodes  # beside this file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from tree_attn import TreeMask, tree_attention
 from tree_attn._backends.flex import block_lists
-
-Nodes = tuple[list[int], list[int]]  # parents and lengths
-
-
-def star(prompt: int, leaves: int, length: int) -> Nodes:
-    return [-1] + [0] * leaves, [prompt] + [length] * leaves
-
-
-def rollouts(tokens: int, seed: int = 7) -> Nodes:
-    """A random tree of turns of 128 to 1024 tokens."""
-    rng = random.Random(seed)
-    parents, lengths, path = [-1], [1024], [0]
-    while sum(lengths) < tokens:
-        path = path[: rng.randint(1, min(len(path), 7))]
-        parents.append(path[-1])
-        path.append(len(lengths))
-        lengths.append(min(rng.randint(128, 1024), tokens - sum(lengths)))
-    return parents, lengths
-
-
-WORKLOADS: dict[str, Nodes] = {
-    "causal 16384": ([-1], [16384]),
-    "prompt 4096 + 16 x 1024": star(4096, 16, 1024),
-    "rollouts 32768": rollouts(32768),
-    "search 512 + 256 x 120": star(512, 256, 120),
-    "prompt 24576 + 8 x 1024": star(24576, 8, 1024),
-}
 
 
 def time(function: Callable[[], object]) -> float:
@@ -71,10 +44,11 @@ def forward_and_backward(attend: Callable[[], Tensor], leaves: list[Tensor]) -> 
 
 def measure(nodes: Nodes, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[float, float]]:
     """For forward, backward and mask: milliseconds of ours and of theirs."""
-    mask = TreeMask.from_nodes(*nodes, device="cuda")
+    parents, lengths = map(list, zip(*nodes, strict=True))
+    mask = TreeMask.from_nodes(parents, lengths, device="cuda")
     tokens = mask.total
     # The arrays that trees usually come as: depth-first index of each token's node, and the last one below it.
-    count = torch.tensor(nodes[1], device="cuda")
+    count = torch.tensor(lengths, device="cuda")
     start = torch.repeat_interleave(torch.arange(len(count), device="cuda"), count)
     end = start[(mask.subtree_end - 1).long()]
     leaves = [
@@ -118,9 +92,9 @@ def main() -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {heads}/{kv_heads} heads of {head_dim}, bfloat16"
     )
     failed = False
-    for name, nodes in WORKLOADS.items():
+    for name, tree in WORKLOADS.items():
         print(f"{name:26s}", end="")
-        for what, (ours, theirs) in measure(nodes, heads, kv_heads, head_dim).items():
+        for what, (ours, theirs) in measure(tree(), heads, kv_heads, head_dim).items():
             bound = 1.10 if what in ("forward", "backward") else 0.10
             bad = ours > bound * theirs
             failed |= bad

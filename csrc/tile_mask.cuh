@@ -76,7 +76,7 @@ __device__ __forceinline__ RowSpan row_span(const Mask& mask, int q0, int q1) {
   return {q0, q1, mask.window ? bounds_of(mask.q_depth_bounds, q0, q1) : Bounds{0, 0}};
 }
 
-// Does row token q see key k? For the elements of partial tiles.
+// The rows [x, y) that see a key, for the elements of partial tiles.
 __device__ __forceinline__ int2 rows_of_key(const Mask& mask, int key) {
   return {mask.row_begin == nullptr ? key : __ldg(mask.row_begin + key), __ldg(mask.row_end + key)};
 }

@@ -34,17 +34,13 @@ bool make_map(CUtensorMap* map, const Tensor3& x, int tokens, int heads, int dim
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
-  using Tiles = ForwardTiles<T, kDim, kValueDim, kDim <= 128 ? 128 : 64>;
+  using Tiles = ForwardTiles<T, kDim, kValueDim, 128>;
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = std::min(Tiles::kRows / group, s.rows);
-  const bool capped = call.softcap != 0.f;
-  ForwardArguments args{call, FastDivisor(group), tile_tokens};
-  args.row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;
-  args.items = args.row_tiles * s.kv_heads;
-  args.counter = call.scratch;
-  args.capped = capped;
-  args.inner_scale = capped ? call.scale / call.softcap : 0.f;
-  args.log2_scale = (capped ? call.softcap : call.scale) * kLog2e;
+  const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;
+  const ForwardArguments args{call,         FastDivisor(group),     tile_tokens,
+                              row_tiles,    row_tiles * s.kv_heads, call.scratch,
+                              Scaling(call.scale, call.softcap)};
 
   CUtensorMap q_map, k_map, v_map;
   if (!make_map<T>(&q_map, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||

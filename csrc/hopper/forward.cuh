@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../params.h"
+#include "../scores.cuh"
 #include "../tile_mask.cuh"
 #include "primitives.cuh"
 
@@ -44,8 +45,7 @@ struct ForwardArguments {
   int row_tiles;
   int items;     // row tiles of all key/value heads
   int* counter;  // the next item
-  bool capped;
-  float inner_scale, log2_scale;
+  Scaling scaling;
 };
 
 constexpr int kPartial = 2, kLast = 1;
@@ -160,10 +160,10 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
   }
 }
 
-// One consumer's state: 64 rows of O and of the softmax. A thread holds two rows, 8 apart.
+// The softmax of one consumer's 64 rows. A thread holds two of them, 8 apart.
 template <typename Tiles>
 struct Softmax {
-  static constexpr int kKeyTiles = Tiles::kKeys / 8, kValueTiles = Tiles::kValueDim / 8;
+  static constexpr int kKeyTiles = Tiles::kKeys / 8;
   float peak[2], sum[2];
 
   // Scores become probabilities (not yet divided); returns what the sums so far must be multiplied with.
@@ -281,25 +281,16 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       if (lane == 0) barrier_arrive(at(barrier));
     };
     const auto to_probabilities = [&](int message) {
-      if (args.capped) {
+      if (args.scaling.capped) {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[n][e] = 1.f - __fdividef(2.f, 1.f + exp2_approx(2.f * kLog2e * args.inner_scale * s[n][e]));
+          for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
       }
       if (message & kPartial)
         mask_scores<Tiles>(s, call.mask, smem.seen_by[stage], tokens, (message >> 2) * Tiles::kKeys, sizes.keys);
       release(smem.k_empty[stage]);
-      softmax.update(s, args.log2_scale, correction);
-    };
-    const auto to_operand = [&] {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles / 2; ++n) {
-        p[n][0] = Element<T>::pack(s[2 * n][0], s[2 * n][1]);
-        p[n][1] = Element<T>::pack(s[2 * n][2], s[2 * n][3]);
-        p[n][2] = Element<T>::pack(s[2 * n + 1][0], s[2 * n + 1][1]);
-        p[n][3] = Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]);
-      }
+      softmax.update(s, args.scaling.log2_scale, correction);
     };
 
     barrier_wait(at(smem.k_full[stage]), parity);
@@ -311,7 +302,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       wgmma_wait<0>();
       if (message & kLast) release(smem.q_empty);
       to_probabilities(message);
-      to_operand();
+      to_operand<T>(p, s);
 
       while (!(message & kLast)) {
         const int before = stage, before_parity = parity;
@@ -326,13 +317,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
         wgmma_wait<1>();
         if (message & kLast) release(smem.q_empty);
         to_probabilities(message);
-          wgmma_wait<0>();
+        wgmma_wait<0>();
         release(smem.v_empty[before]);
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
-        to_operand();
+        to_operand<T>(p, s);
       }
       barrier_wait(at(smem.v_full[stage]), parity);
       issue_values(stage);
@@ -356,7 +347,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       float sum = softmax.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const float peak = softmax.peak[h] * args.log2_scale;
+      const float peak = softmax.peak[h] * args.scaling.log2_scale;
       const bool empty = softmax.peak[h] == negative_infinity();
       const bool valid = row < group_rows && token < sizes.rows;
       float denominator = sum;

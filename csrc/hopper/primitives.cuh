@@ -82,9 +82,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Makes shared memory written by ordinary stores visible to wgmma and TMA ("fence.proxy.async").
-__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
-
 // A tile in shared memory is slabs of 64 columns (128 bytes a row, 128-byte swizzle, 1024 bytes for 8 rows). Descriptors
 // ("Matrix Descriptor Format") of it:
 //   K-major, the product runs along the columns: 8-row groups are 1024 bytes apart; a step of 16 columns is 32 bytes on.
@@ -164,41 +161,6 @@ TREE_ATTN_WGMMA_64(__nv_bfloat16, "bf16")
 TREE_ATTN_WGMMA_128(__half, "f16")
 TREE_ATTN_WGMMA_128(__nv_bfloat16, "bf16")
 #undef TREE_ATTN_WGMMA_128
-
-#define TREE_ATTN_WGMMA_256(ELEMENT, NAME)                                                                  \
-  template <>                                                                                            \
-  struct Wgmma<ELEMENT, 256> {                                                                            \
-    template <bool kTransA = false, bool kTransB = false>                                                \
-    static __device__ __forceinline__ void ss(float (&d)[32][4], uint64_t a, uint64_t b, bool accumulate) { \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "  \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "  \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "  \
-          "%128, %129, p, 1, 1, %131, %132;\n}\n"                                                        \
-          : TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8), TREE_ATTN_ACC32(16), TREE_ATTN_ACC32(24)                                                    \
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));                 \
-    }                                                                                                    \
-    template <bool kTransB = false>                                                                      \
-    static __device__ __forceinline__ void rs(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b,    \
-                                              bool accumulate) {                                         \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "  \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "  \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "  \
-          "{%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}\n"                                        \
-          : TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8), TREE_ATTN_ACC32(16), TREE_ATTN_ACC32(24)                                                    \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kTransB))); \
-    }                                                                                                    \
-  };
-TREE_ATTN_WGMMA_256(__half, "f16")
-TREE_ATTN_WGMMA_256(__nv_bfloat16, "bf16")
-#undef TREE_ATTN_WGMMA_256
 
 #undef TREE_ATTN_ACC4
 #undef TREE_ATTN_ACC16

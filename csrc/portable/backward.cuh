@@ -49,7 +49,7 @@ struct BackwardTiles {
 constexpr int kSmallestKeys = 32;  // keys a tile has at least
 constexpr int kBandRows = 4096;  // packed rows; a multiple of every kRows
 
-// The workspace of one call, cut into arrays. `count` is packed rows rounded up to row_padding.
+// The workspace of one call, cut into arrays. Rows are packed and padded to kRowPadding, keys to kKeyPadding.
 struct Workspace {
   static constexpr int kRowPadding = 64, kKeyPadding = 128;
   float* log2_sum;  // (kv_heads, padded rows) log2 of the whole denominator; +inf where a row sees nothing
@@ -211,7 +211,7 @@ __device__ __forceinline__ int2 rows_of_tile(const BackwardArguments& args, cons
   return {low, min(keys.end.high, args.call.sizes.rows) * group};
 }
 
-// How many bands the rows of a tile touch. In deterministic calls there is one band, of all rows.
+// Do the rows of a tile touch more than one band? (In deterministic calls there is one band, of all rows.)
 __device__ __forceinline__ bool in_several_bands(int2 rows) {
   return rows.y > rows.x && rows.x / kBandRows != (rows.y - 1) / kBandRows;
 }

@@ -2,7 +2,9 @@
 
 Allocation is torch's and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two environment variables,
 read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or ``hopper``) forces one set
-of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of a smaller GPU.
+of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of a smaller GPU. Where the
+Hopper set lacks a kernel the portable one runs: for every backward, and for the forward with a scale that is not
+positive or with repeated rows (``expand``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tree_attn import _kernels
+from tree_attn._backends.layout import loadable
 from tree_attn.mask import RowRanges
 from tree_attn.registry import Backend, BackendUnavailable, Options, Request
 
@@ -52,7 +55,8 @@ class CudaBackend(Backend):
             return ""
         path = _path_name(_index(request.device), request[2:6], *_config())
         archs = ", ".join(library.build["archs"])  # type: ignore[arg-type]
-        return f"{path} kernels, CUDA {library.build['cuda']} build for {archs}"
+        kernels = "hopper forward and portable backward" if path == "hopper" else path
+        return f"{kernels} kernels, CUDA {library.build['cuda']} build for {archs}"
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: RowRanges, options: Options
@@ -63,9 +67,9 @@ class CudaBackend(Backend):
         if rows == 0 or k.shape[0] == 0:
             return out.zero_(), lse.fill_(float("-inf"))
         _library().forward(
-            _fit(q),
-            _fit(k),
-            _fit(v),
+            loadable(q),
+            loadable(k),
+            loadable(v),
             _float32(sinks),
             *mask,
             options.scale,
@@ -105,13 +109,13 @@ class CudaBackend(Backend):
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         delta = torch.empty((heads, rows), dtype=torch.float32, device=device)
         _library().backward(
-            _fit(grad_out),
+            loadable(grad_out),
             _float32(grad_lse),
-            _fit(q),
-            _fit(k),
-            _fit(v),
+            loadable(q),
+            loadable(k),
+            loadable(v),
             _float32(sinks),
-            _fit(out),
+            loadable(out),
             lse,
             *mask,
             options.scale,
@@ -182,14 +186,6 @@ def _index(device: torch.device) -> int:
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _fit(x: Tensor) -> Tensor:
-    """``x`` itself, or a contiguous copy when its rows are not 16-byte aligned runs."""
-    token, head, last = x.stride()
-    if last == 1 and not token % 8 and not head % 8 and not x.data_ptr() % 16:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _float32(x: Tensor | None) -> Tensor | None:

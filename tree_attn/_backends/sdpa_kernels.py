@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tree_attn._backends.layout import loadable
 from tree_attn._backends.sdpa_blocks import Limits, RowBlock, row_blocks
 from tree_attn._backends.sdpa_paths import PathBatch, path_batches
 from tree_attn._backends.sdpa_plan import Block, keep
@@ -322,7 +323,7 @@ class PathKernel(Kernel):
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, masking: PathBatch) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *map(_loadable, (q, k, v)), *self._shape(masking), 0.0, True, False, **self._options()
+            *map(loadable, (q, k, v)), *self._shape(masking), 0.0, True, False, **self._options()
         )
         return out.unflatten(1, (-1, self.group)), lse.unflatten(0, (-1, self.group))
 
@@ -339,7 +340,7 @@ class PathKernel(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # not read: there is no dropout
         grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-            *map(_loadable, (grad, q, k, v, out)), lse.contiguous(), *self._shape(masking), 0.0, True, seed, seed,
+            *map(loadable, (grad, q, k, v, out)), lse.contiguous(), *self._shape(masking), 0.0, True, seed, seed,
             **self._options(),
         )  # fmt: skip
         return grad_q.unflatten(1, (-1, self.group)), grad_k.float(), grad_v.float()
@@ -350,13 +351,6 @@ class PathKernel(Kernel):
     def _options(self) -> dict[str, Any]:
         # Along a path the distance in tokens is the difference in depth.
         return {"scale": self.scale, "window_size_left": None if self.window is None else self.window - 1}
-
-
-def _loadable(x: Tensor) -> Tensor:
-    """``x`` laid out as the kernel loads it, in vectors of 16 bytes."""
-    vector = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % vector == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tree_attn import registry
+from tree_attn._operator import make_request
 from tree_attn.attention import _autocast, _check
 from tree_attn.distributed._agree import agree, mask_checksum, require_tokens
 from tree_attn.distributed._cost import CostModel, Explanation, Shapes
@@ -19,7 +20,7 @@ from tree_attn.distributed._ring import ring_attention, ring_backend
 from tree_attn.distributed._tokens import group_of
 from tree_attn.distributed._ulysses import split_heads, ulysses_attention
 from tree_attn.mask import TreeMask
-from tree_attn.registry import Backend, Options, Request
+from tree_attn.registry import Backend, Options
 
 Mode = Literal["auto", "ring", "ulysses"]
 MODES = ("auto", "ring", "ulysses")
@@ -86,7 +87,7 @@ def tree_attention_cp(
         q, k, v = _autocast(q, k, v)
         options = _check_local(q, k, v, mask, group, (scale, softcap, window, sinks, deterministic))
         chosen = _mode(q, k, v, mask, group.size(), mode, cost)
-        ring = _backend(q, k, v, sinks, options, chosen, backend, group)
+        ring = _backend(q, k, v, mask, sinks, options, chosen, backend, group)
         call = options, chosen, ring
     except (TypeError, ValueError, RuntimeError) as failure:  # told to the other ranks, then raised
         if not validate:
@@ -168,6 +169,7 @@ def _backend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: TreeMask,
     sinks: Tensor | None,
     options: Options,
     mode: str,
@@ -176,18 +178,7 @@ def _backend(
 ) -> Backend | None:
     """What runs the parts of ``ring``; for ``ulysses`` the choice is the operator's, and only its error is wanted."""
     forced = registry.forced(backend)
-    request = Request(
-        q.device,
-        q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        v.shape[2],
-        softcap=bool(options.softcap),
-        window=options.window is not None,
-        sinks=sinks is not None,
-        deterministic=options.deterministic,
-    )
+    request = make_request(q, k, v, sinks, mask.ranges(), options)
     if mode == "ring":
         candidates = registry.backends() if forced is None else (registry._named(forced),)
         return ring_backend(candidates, request._replace(sinks=False, rectangular=True), forced)
