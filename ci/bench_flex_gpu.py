@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from triton.testing import do_bench
 
 from tree_attn import TreeMask, tree_attention
-from tree_attn._backends.flex import block_lists
+from tree_attn._backends.flex import tile_lists
 
 
 def time(function: Callable[[], object]) -> float:
@@ -81,7 +81,7 @@ def measure(nodes: Nodes, heads: int, kv_heads: int, head_dim: int) -> dict[str,
         "forward": forward,
         "backward": backward,
         "mask": (time(lambda: TreeMask.from_dfs(start, end)), their_time),
-        "lists": (time(lambda: block_lists(mask.ranges())), their_time),
+        "lists": (time(lambda: tile_lists(mask.ranges())), their_time),
     }
 
 

@@ -100,6 +100,21 @@ void check_cuda(cudaError_t error, const char* what) {
   fail(std::string(what) + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
+int32_t device_of(const char* name, const Tensor& t) {
+  if (!t.is_cuda()) fail(std::string(name) + " is not on a GPU");
+  return t.get_device_index();
+}
+
+// Torch's current stream on the device, which is made the current one of this library's runtime: that follows torch's
+// only by way of the driver.
+cudaStream_t current_stream(int32_t device) {
+  check_cuda(cudaSetDevice(device), "selecting the device");
+  if (aoti_torch_get_current_cuda_stream == nullptr) fail("this torch has no CUDA stream to run on");
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  return static_cast<cudaStream_t>(current);
+}
+
 // -- one call -------------------------------------------------------------------------------------------------------
 
 // The mask tensors of one call, in the order of the schema.
@@ -114,11 +129,6 @@ struct MaskTensors {
   const Tensor& k_depth_bounds;
 };
 
-int32_t device_of(const Tensor& q) {
-  if (!q.is_cuda()) fail("q is not on a GPU");
-  return q.get_device_index();
-}
-
 // What forward and backward share: sizes, dtype, options, device and stream.
 struct Call {
   torch::stable::accelerator::DeviceGuard guard;
@@ -131,9 +141,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& m, int64_t window, int64_t path,
        int64_t max_smem)
-      : guard(device_of(q)), device(device_of(q)), dtype(dtype_of(q)) {
-    // The runtime in this library has a current device of its own, and follows torch's only by way of the driver.
-    check_cuda(cudaSetDevice(device), "selecting the device");
+      : guard(device_of("q", q)), device(device_of("q", q)), dtype(dtype_of(q)) {
     if (q.dim() != 3 || k.dim() != 3 || v.dim() != 3) fail("q, k and v are (tokens, heads, dim) tensors");
     sizes = {narrow("rows", q.size(0)),      narrow("keys", k.size(0)),       narrow("heads", q.size(1)),
              narrow("kv_heads", k.size(1)), narrow("head_dim", q.size(2)), narrow("value_dim", v.size(2))};
@@ -151,10 +159,7 @@ struct Call {
     fill_mask(m, window);
     config = {static_cast<Path>(path), narrow("max_smem", max_smem)};
     if (path < 0 || path > 2) fail("path is " + std::to_string(path) + ", expected 0 (auto), 1 (portable), 2 (hopper)");
-    if (aoti_torch_get_current_cuda_stream == nullptr) fail("this torch has no CUDA stream to run on");
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
-    stream = static_cast<cudaStream_t>(current);
+    stream = current_stream(device);
   }
 
   DType kernel_dtype() const { return dtype == aoti_torch_dtype_float16() ? DType::kFloat16 : DType::kBFloat16; }
@@ -263,6 +268,44 @@ void backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const T
   check_cuda(backward(b, call.config, call.stream), "the backward kernels");
 }
 
+// An array of int32 or int64; says which.
+const void* integers(const char* name, const Tensor& t, int64_t numel, int32_t device, bool* wide) {
+  *wide = dtype_of(t) == aoti_torch_dtype_int64();
+  return *wide ? static_cast<const void*>(array<int64_t>(name, t, numel, aoti_torch_dtype_int64(), device))
+               : array<int>(name, t, numel, aoti_torch_dtype_int32(), device);
+}
+
+void mask_from_dfs_op(const Tensor& start, const Tensor& end, const OptionalTensor& offsets, const Tensor& subtree_end,
+                      const Tensor& depth, const Tensor& end_bounds, const Tensor& depth_bounds,
+                      const Tensor& scratch) {
+  const int32_t device = device_of("start", start), i32 = aoti_torch_dtype_int32();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int tokens = narrow("tokens", start.numel());
+  if (tokens == 0) fail("no tokens; the caller handles empty inputs");
+  const int64_t granules = 2 * ((int64_t{tokens} + 31) / 32);
+  MaskTables m;
+  m.tokens = tokens;
+  m.start = integers("start", start, tokens, device, &m.wide_indices);
+  bool wide_end;
+  m.end = integers("end", end, tokens, device, &wide_end);
+  if (wide_end != m.wide_indices) fail("start and end differ in dtype");
+  if (offsets) {
+    m.offset_count = narrow("offsets", offsets->numel());
+    m.offsets = integers("offsets", *offsets, m.offset_count, device, &m.wide_offsets);
+  }
+  m.subtree_end = array<int>("subtree_end", subtree_end, tokens, i32, device);
+  m.depth = array<int>("depth", depth, tokens, i32, device);
+  m.end_bounds = reinterpret_cast<int2*>(array<int>("end_bounds", end_bounds, granules, i32, device));
+  m.depth_bounds = reinterpret_cast<int2*>(array<int>("depth_bounds", depth_bounds, granules, i32, device));
+  const int64_t ints = sizeof(MaskFacts) / sizeof(int) + int64_t{tokens} + 1;
+  m.facts = reinterpret_cast<MaskFacts*>(array<int>("scratch", scratch, ints, i32, device));
+  for (const void* p : {static_cast<const void*>(m.end_bounds), static_cast<const void*>(m.depth_bounds),
+                        static_cast<const void*>(m.facts)}) {
+    if (reinterpret_cast<uintptr_t>(p) % 8) fail("the bounds and scratch are not 8-byte aligned");
+  }
+  check_cuda(mask_tables(m, current_stream(device)), "the mask's kernels");
+}
+
 #define TREE_ATTN_MASK_SCHEMA                                                                             \
   "Tensor? row_begin, Tensor row_end, Tensor q_depth, Tensor k_depth, Tensor? begin_bounds, "             \
   "Tensor end_bounds, Tensor q_depth_bounds, Tensor k_depth_bounds, float scale, float softcap, int window, "
@@ -280,11 +323,15 @@ TREE_ATTN_LIBRARY(TREE_ATTN_OP_NAMESPACE, m) {
       "Tensor lse, " TREE_ATTN_MASK_SCHEMA
       "bool deterministic, int path, int max_smem, Tensor(a!) workspace, Tensor(b!) delta, Tensor(c!) grad_q, "
       "Tensor(d!) grad_k, Tensor(e!) grad_v) -> ()");
+  m.def(
+      "mask_from_dfs(Tensor start, Tensor end, Tensor? offsets, Tensor(a!) subtree_end, Tensor(b!) depth, "
+      "Tensor(c!) end_bounds, Tensor(d!) depth_bounds, Tensor(e!) scratch) -> ()");
 }
 
 TREE_ATTN_LIBRARY_IMPL(TREE_ATTN_OP_NAMESPACE, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("mask_from_dfs", TORCH_BOX(&mask_from_dfs_op));
 }
 
 }  // namespace

@@ -65,6 +65,26 @@ struct Backward {
   bool deterministic = false;
 };
 
+// The mask of depth-first index arrays. Arrays of `tokens` entries; int64 where wide, else int32.
+struct MaskFacts {
+  long long excess;  // 0 if the subtrees nest
+  int wrong;         // 1 if an array or the offsets break a rule of their own
+  int unused;
+};
+struct MaskTables {
+  const void* start = nullptr;
+  const void* end = nullptr;
+  const void* offsets = nullptr;  // of sequences, or null
+  int offset_count = 0;
+  int tokens = 0;  // at least 1
+  bool wide_indices = false, wide_offsets = false;
+  int* subtree_end = nullptr;  // out, as all that follow
+  int* depth = nullptr;
+  int2* end_bounds = nullptr;
+  int2* depth_bounds = nullptr;
+  MaskFacts* facts = nullptr;  // followed by tokens + 1 ints of scratch
+};
+
 // Which kernels: the best for the device, or one path forced. `max_smem` (bytes a block may use, 0 for what the device
 // allows) lets tests run the tiles of a smaller GPU.
 enum class Path : int { kAuto = 0, kPortable = 1, kHopper = 2 };
@@ -77,6 +97,7 @@ struct Config {
 // All run on the current device and `stream`, allocate nothing and never synchronise. They return the first CUDA error.
 cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stream);
 cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream);
+cudaError_t mask_tables(const MaskTables& call, cudaStream_t stream);
 int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config& config);
 
 // "hopper" or "portable": what Path::kAuto runs for these sizes on the current device.

@@ -52,10 +52,11 @@ class DeviceFacts(ctypes.Structure):
 
 
 class Kernels(NamedTuple):
-    """The loaded library: two operators that write into tensors they are given, and functions without tensors."""
+    """The loaded library: operators that write into tensors they are given, and functions without tensors."""
 
     forward: Callable[..., None]
     backward: Callable[..., None]
+    mask_from_dfs: Callable[..., None]
     functions: ctypes.CDLL
     build: dict[str, object]  # "version", "cuda", "archs", "commit", "torch"
 
@@ -176,6 +177,9 @@ def _load() -> Kernels | Unavailable:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         without = "not built: this install has no CUDA kernels"
         return Unavailable(without + _why_no_wheel(capability), _sentence(_get_them("build them", capability)))
+    # The Hub's client compares no digests when it loads a kernel, so this copy of the package, if it is one, does.
+    elif LIBRARY.with_name(_hub.METADATA).exists() and (refusal := _hub.altered(LIBRARY.parent)):
+        return Unavailable(f"this Hub kernel is refused: {refusal}", "Remove it from the cache and load it again.")
     again = f"Build it again: {install_command()}"
     operator = f"{namespace}::forward"
     if torch._C._dispatch_has_kernel(operator):
@@ -194,7 +198,8 @@ def _load() -> Kernels | Unavailable:
     if build["version"] != __version__:
         return Unavailable(f"{path.name} was built for tree_attn {build['version']}, this is {__version__}", again)
     operators = getattr(torch.ops, namespace)
-    return Kernels(operators.forward.default, operators.backward.default, functions, build)
+    ours = operators.forward.default, operators.backward.default, operators.mask_from_dfs.default
+    return Kernels(*ours, functions, build)
 
 
 def _why_no_wheel(capability: tuple[int, int] | None) -> str:

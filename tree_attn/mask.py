@@ -7,6 +7,7 @@ device the arrays came from. docs/design.md says why this form was chosen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from tree_attn import _diagnose
+from tree_attn import _diagnose, _kernels
 
 # Keys per entry of the bounds tables. A kernel tile of any size takes the entries it touches: a superset only makes
 # "needed" wider and "unmasked" narrower, so both stay right.
@@ -167,6 +168,11 @@ class TreeMask:
         if offsets is not None and offsets.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; it holds sequences + 1 offsets, from 0 to the number of tokens")
         n = start.shape[0]
+        made = _dfs_by_kernel(start, end, offsets, validate)
+        if made is not None:
+            if made[1]:
+                return made[0]
+            raise ValueError(_diagnose.dfs(start.tolist(), end.tolist(), None if offsets is None else offsets.tolist()))
         sorted_start, query = start, end
         low, high = torch.aminmax(start, dim=0, keepdim=True) if n else (start[:0], start[:0])
         if n and offsets is not None and offsets.shape[0] > 2:
@@ -397,6 +403,34 @@ def _nesting(subtree_end: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
     shortest = length.amin(0, keepdim=True)
     excess = length.long().mul_(-2).add_(depth).add_(1).mul_(depth).sum(0, keepdim=True)  # in place: one allocation
     return excess, shortest
+
+
+def _dfs_by_kernel(
+    start: Tensor, end: Tensor, offsets: Tensor | None, validate: bool
+) -> tuple[TreeMask, bool] | None:
+    """``(mask, do the arrays describe it)`` of :meth:`TreeMask.from_dfs` by the library of CUDA kernels, in two
+    launches where the tensor operations take some thirty; None where it cannot run. Synchronises once, to validate."""
+    n = start.shape[0]
+    if not start.is_cuda or n == 0 or type(start) is not Tensor or torch.compiler.is_compiling():
+        return None
+    library = _kernels.load()
+    if isinstance(library, _kernels.Unavailable) or _kernels.unavailable(start.device.index) is not None:
+        return None
+    granules = (n + GRANULE - 1) // GRANULE
+    new = functools.partial(torch.empty, dtype=torch.int32, device=start.device)
+    mask = TreeMask(new(n), new(n), new(granules, 2), new(granules, 2))
+    scratch = new(n + 5)  # struct MaskFacts in csrc/params.h: an int64, an int32 and padding; then a count for each end
+    library.mask_from_dfs(
+        start.contiguous(),
+        end.contiguous(),
+        None if offsets is None else offsets.contiguous(),
+        mask.subtree_end,
+        mask.depth,
+        mask.end_bounds,
+        mask.depth_bounds,
+        scratch,
+    )
+    return mask, not validate or scratch[:3].tolist() == [0, 0, 0]
 
 
 def _is_dfs(mask: TreeMask, start: Tensor, low: Tensor, high: Tensor, offsets: Tensor | None) -> bool:

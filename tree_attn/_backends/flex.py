@@ -3,6 +3,10 @@
 The lists come from the (min, max) of every tile by a handful of tensor operations: no mask over tokens, no
 synchronisation. Eager calls run one compiled function per kind of call; a call that is already being traced puts
 flex_attention into the caller's graph.
+
+Rows and keys are filled up to whole tiles, by tokens that see nothing and that nobody sees: the compiler then knows
+that any number of tokens is a multiple of TILE, and leaves out the kernels' bounds checks. Where the number is one
+already nothing is copied.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ MIN_HEAD_DIM = 16  # Triton's dot product refuses smaller ones
 
 class FlexBackend(Backend):
     """Compiles at the first call of a kind (dtype, heads, head dims, options) and once more at the second number of
-    tokens (again for up to 128 tokens, which are a kind of their own to flex_attention); then neither another tree nor
+    tiles (again for a single tile, which torch.compile takes for a kind of its own); then neither another tree nor
     another number of tokens compiles anything.
 
     ``backward(retain_graph=True)`` needs ``torch._functorch.config.donated_buffer = False`` as with every compiled
@@ -81,18 +85,24 @@ class FlexBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         if q.shape[0] == 0 or k.shape[0] == 0:
             return _nothing(q, k, v, sinks)
-        bounds = (mask.row_begin, mask.row_end, mask.q_depth if options.window is not None else None)
+        rows = q.shape[0]
         if torch.compiler.is_compiling():
-            blocks = block_lists(mask, options.window)
-            return _attend(q, k, v, sinks, *bounds, blocks, options.scale, options.softcap)
+            tiled = (_in_tiles(q), _in_tiles(k), _in_tiles(v))
+            out, lse = _attend(*tiled, sinks, tile_lists(mask, options.window), options.scale, options.softcap)
+            return out[:rows], lse[:, :rows]
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 "the flex backend does not run inside a torch.func transform; force another one with backend='sdpa'"
             )
-        blocks = _cached_block_lists(mask, options.window)
-        function = self._function(q, k, v, sinks, bounds, options)
+        lists = _cached_tile_lists(mask, options.window)
+        function = self._function(q, k, v, sinks, lists, options)
+        out, lse = self._call(function, _in_tiles(q), _in_tiles(k), _in_tiles(v), sinks, lists)
+        return (out, lse) if rows % TILE == 0 else (out[:rows], lse[:, :rows])
+
+    @staticmethod
+    def _call(function: Callable, *args: Any) -> tuple[Tensor, Tensor]:
         if not python_dispatch.is_in_any_mode_without_ignore_compile_internals():
-            return function(q, k, v, sinks, *bounds, blocks)
+            return function(*args)
         # torch.compile steps aside for such modes (FLOP counters, loggers) and would leave a dense computation.
         with python_dispatch._disable_current_modes():
             if python_dispatch.is_in_any_mode_without_ignore_compile_internals():  # torch 2.9 sees them even so
@@ -100,10 +110,10 @@ class FlexBackend(Backend):
                     f"torch {torch.__version__} cannot compile the flex backend under a dispatch mode (a FLOP counter, "
                     "selective checkpointing); upgrade torch, or force another backend, such as backend='sdpa'"
                 )
-            return function(q, k, v, sinks, *bounds, blocks)
+            return function(*args)
 
     def _function(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bounds: tuple, options: Options
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: TileLists, options: Options
     ) -> Callable:
         """The compiled function for calls of this kind.
 
@@ -112,7 +122,8 @@ class FlexBackend(Backend):
         """
         shape = (options.scale, options.softcap, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
         grads = (torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad)
-        key = (*shape, *grads, bounds[0] is None, bounds[2] is None, sinks is not None and (sinks.requires_grad,))
+        present = (lists.row_begin is None, lists.q_depth is None, sinks is not None and (sinks.requires_grad,))
+        key = (*shape, *grads, *present)
         function = self._compiled.get(key)
         if function is None:
             name = "flex_" + "_".join(map(str, shape))
@@ -126,20 +137,27 @@ class FlexBackend(Backend):
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
+def _in_tiles(x: Tensor) -> Tensor:
+    """``(n, ...)`` -> ``(tiles, TILE, ...)``, filled up with zeros; a view where n is a multiple of TILE.
+
+    In a traced graph, where n may be a symbol, every tensor is filled up, perhaps by nothing.
+    """
+    n = x.shape[0]
+    tiles = (n + TILE - 1) // TILE
+    if torch.compiler.is_compiling() or n % TILE:
+        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, tiles * TILE - n))
+    return x.view(tiles, TILE, *x.shape[1:])
+
+
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    row_begin: Tensor | None,
-    row_end: Tensor,
-    q_depth: Tensor | None,
-    blocks: BlockLists,
-    scale: float,
-    softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: TileLists, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; to be compiled. ``q_depth`` is given when there is a window."""
-    depth_limit = blocks.depth_limit
+    """``(out, lse)`` of whole tiles; to be compiled. q, k and v are ``(tiles, TILE, heads, dim)``."""
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    row_end = lists.row_end.flatten()
+    row_begin, q_depth, depth_limit = (
+        None if x is None else x.flatten() for x in (lists.row_begin, lists.q_depth, lists.depth_limit)
+    )
 
     def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         begin = key if row_begin is None else row_begin[key]
@@ -156,7 +174,7 @@ def _attend(
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
         score_mod=cap if softcap else None,
-        block_mask=blocks.block_mask(q.shape[0], k.shape[0], sees),
+        block_mask=lists.block_mask(q.shape[0], k.shape[0], sees),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=_kernel_options(q, v.shape[2]),
@@ -174,17 +192,8 @@ def _attend(
 def _attend_with(scale: float, softcap: float) -> Callable:
     """:func:`_attend` with its numbers bound, which torch.compile then takes for constants."""
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        row_begin: Tensor | None,
-        row_end: Tensor,
-        q_depth: Tensor | None,
-        blocks: BlockLists,
-    ) -> tuple[Tensor, Tensor]:
-        return _attend(q, k, v, sinks, row_begin, row_end, q_depth, blocks, scale, softcap)
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: TileLists) -> tuple[Tensor, Tensor]:
+        return _attend(q, k, v, sinks, lists, scale, softcap)
 
     return attend
 
@@ -237,17 +246,21 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Ten
 # -- block lists -----------------------------------------------------------------------------------------------------
 
 
-class BlockLists(NamedTuple):
-    """Which tiles of TILE rows by TILE keys are computed, in the form of BlockMask.
+class TileLists(NamedTuple):
+    """Which tiles of TILE rows by TILE keys are computed, in the form of BlockMask, and the mask in them.
 
-    Index 0 of the first dimension is for tiles that need a mask, index 1 for those that every row of sees every key of.
+    Index 0 of the first dimension of the lists is for tiles that need a mask, index 1 for those that every row of sees
+    every key of. The arrays of the mask are filled up to whole tiles with zeros.
     """
 
     kv_num: Tensor  # int32 (2, row tiles)
     kv_indices: Tensor  # int32 (2, row tiles, key tiles)
     q_num: Tensor  # int32 (2, key tiles)
     q_indices: Tensor  # int32 (2, key tiles, row tiles)
-    depth_limit: Tensor | None  # int32 (keys,): with a window, the depth that rows must stay below to see the key
+    row_begin: Tensor | None  # int32 (key tiles, TILE); None for row_begin[k] = k
+    row_end: Tensor  # int32 (key tiles, TILE)
+    q_depth: Tensor | None  # int32 (row tiles, TILE), with a window
+    depth_limit: Tensor | None  # int32 (key tiles, TILE), with a window: rows see the key that are less deep than this
 
     def block_mask(self, rows: int, keys: int, mask_mod: Callable) -> BlockMask:
         """The BlockMask of flex_attention, with lists for one batch and one head that broadcast."""
@@ -267,37 +280,35 @@ class BlockLists(NamedTuple):
         )
 
 
-def block_lists(mask: RowRanges, window: int | None = None) -> BlockLists:
-    """The block lists of a mask, by tensor operations on its row ranges; no synchronisation."""
-    rows, keys = mask.q_depth.shape[0], mask.row_end.shape[0]
-    first_row = torch.arange(0, rows, TILE, dtype=torch.int32, device=mask.row_end.device)[:, None]
-    first_key = torch.arange(0, keys, TILE, dtype=torch.int32, device=mask.row_end.device)
+def tile_lists(mask: RowRanges, window: int | None = None) -> TileLists:
+    """The lists of a mask, by tensor operations on its row ranges; no synchronisation.
+
+    Keys that fill up the last tile end at row 0, so nobody sees them; rows that fill it up lie at or after every end.
+    """
+    row_end = _in_tiles(mask.row_end.detach())  # a view would keep alive what the lists are kept with
+    row_begin = q_depth = depth_limit = None
+    row_tiles, key_tiles = (mask.q_depth.shape[0] + TILE - 1) // TILE, row_end.shape[0]
+    first_row = torch.arange(row_tiles, dtype=torch.int32, device=row_end.device)[:, None] * TILE
     end_row = first_row + TILE
-    min_end, max_end = _tile_bounds(mask.row_end)
+    min_end, max_end = torch.aminmax(row_end, dim=1)
     if mask.row_begin is None:
-        min_begin, max_begin = first_key, first_key + (TILE - 1)
+        min_begin = torch.arange(key_tiles, dtype=torch.int32, device=row_end.device) * TILE
+        max_begin = min_begin + (TILE - 1)
     else:
-        min_begin, max_begin = _tile_bounds(mask.row_begin)
+        row_begin = _in_tiles(mask.row_begin)
+        min_begin, max_begin = torch.aminmax(row_begin, dim=1)
     needed = (max_end > first_row) & (min_begin < end_row)
     full = (max_begin <= first_row) & (min_end >= end_row)
-    depth_limit = None
     if window is not None:
         window = min(window, 1 << 30)  # no path is that long, and the sums stay within int32
-        min_row, max_row = _tile_bounds(mask.q_depth)
-        min_key, max_key = _tile_bounds(mask.k_depth)
+        q_depth, k_depth = _in_tiles(mask.q_depth), _in_tiles(mask.k_depth)
+        min_row, max_row = torch.aminmax(q_depth, dim=1)
+        min_key, max_key = torch.aminmax(k_depth, dim=1)
         needed &= min_row[:, None] - max_key < window
         full &= max_row[:, None] - min_key < window
-        depth_limit = mask.k_depth + window
+        depth_limit = k_depth + window
     tiles = torch.stack([needed ^ full, full])  # full tiles are all needed
-    return BlockLists(*_ordered(tiles), *_ordered(tiles.mT), depth_limit)
-
-
-def _tile_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Min and max over each TILE entries, the last tile filled up with zeros: by them it is never full, and with a
-    window or a begin of rows perhaps needed in vain. (The mask's tables of bounds are shorter, but in a traced graph
-    their length is one more size that varies.)"""
-    low, high = torch.aminmax(torch.nn.functional.pad(values, (0, -values.shape[0] % TILE)).view(-1, TILE), dim=1)
-    return low, high
+    return TileLists(*_ordered(tiles), *_ordered(tiles.mT), row_begin, row_end, q_depth, depth_limit)
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,8 +323,8 @@ _built: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _MAX_KEPT = 16  # of one row_end: windows, streams, other tensors of a rectangular mask
 
 
-def _cached_block_lists(mask: RowRanges, window: int | None) -> BlockLists:
-    """:func:`block_lists`, remembered by the identity of the mask's tensors."""
+def _cached_tile_lists(mask: RowRanges, window: int | None) -> TileLists:
+    """:func:`tile_lists`, remembered by the identity of the mask's tensors."""
     row_end = mask.row_end
     stream = 0
     if row_end.is_cuda:
@@ -329,16 +340,16 @@ def _cached_block_lists(mask: RowRanges, window: int | None) -> BlockLists:
     found = entries.get(key)
     if found is not None and found[0] == versions:
         return found[1]
-    blocks = _build(mask, window)
+    lists = _build(mask, window)
     if len(entries) >= _MAX_KEPT:
         entries.clear()
-    entries[key] = (versions, blocks, sources[1:])  # holding the other sources keeps their ids from being used again
-    return blocks
+    entries[key] = (versions, lists, sources[1:])  # holding the other sources keeps their ids from being used again
+    return lists
 
 
-def _build(mask: RowRanges, window: int | None) -> BlockLists:
-    blocks = block_lists(mask, window)
-    for x in blocks[:4]:
+def _build(mask: RowRanges, window: int | None) -> TileLists:
+    lists = tile_lists(mask, window)
+    for x in lists[:4]:
         # The number of tiles varies with that of tokens, but need not change between the first two.
         torch._dynamo.maybe_mark_dynamic(x, list(range(1, x.dim())))
-    return blocks
+    return lists
