@@ -1,4 +1,4 @@
-"""TreeMask.from_dfs by the kernel is what the tensor operations make of the same arrays, and refuses what they refuse."""
+"""TreeMask.from_dfs by the kernel makes what the tensor operations make, and refuses what they refuse."""
 
 from __future__ import annotations
 
