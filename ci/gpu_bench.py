@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     given = parser.parse_args()
     heads = [int(n) for n in given.heads.split(",")]
+    torch._functorch.config.donated_buffer = False  # flex: the same graph is run backward many times
     rows = []
     for workload in given.workloads.split(","):
         for peer in given.peers.split(","):

@@ -301,7 +301,9 @@ def test_explain_names_the_kernels(path):
     x = torch.randn(64, 2, 64, device="cuda", dtype=torch.bfloat16)
     explained = tree_attn.explain(x, x, x, mask)
     assert explained.chosen == "cuda"
-    assert explained.details["cuda"].startswith(f"{path} kernels, CUDA ")
+    kernels = explained.details["cuda"].split(" kernels, CUDA ")[0]
+    assert kernels.startswith(path)
+    assert path == "hopper" or kernels == "portable"
 
 
 def test_a_path_that_is_not_there_is_a_reason(monkeypatch):
