@@ -49,7 +49,7 @@ def measure(nodes: Nodes, heads: int, kv_heads: int, head_dim: int) -> Iterator[
     tokens = mask.total
     # The arrays that trees usually come as: depth-first index of each token's node, and the last one below it.
     count = torch.tensor(lengths, device="cuda")
-    start = torch.repeat_interleave(torch.arange(len(count), device="cuda"), count)
+    start = torch.repeat_interleave(torch.arange(len(count), device="cuda", dtype=torch.int32), count)
     end = start[(mask.subtree_end - 1).long()]
     leaves = [
         torch.randn(tokens, h, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()

@@ -25,6 +25,31 @@ bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config)
 #endif
 }
 
+// The Hopper backward as well: its row tiles hold whole tokens when the heads of a group divide 64. It adds up dQ in any
+// order, so deterministic calls go to the portable kernels.
+bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool deterministic, const Config& config) {
+  return !deterministic && 64 % (s.heads / s.kv_heads) == 0 && on_hopper(s, scale, softcap, config);
+}
+
+#if TREE_ATTN_HOPPER
+// Calls run(dim, value_dim) with the smallest compiled class of the Hopper kernels that holds the dimensions.
+template <typename Run>
+auto with_hopper_class(const Sizes& s, Run run) {
+#define TREE_ATTN_TRY(D, DV)                \
+  if (s.head_dim <= D && s.value_dim <= DV) \
+    return run(std::integral_constant<int, D>{}, std::integral_constant<int, DV>{});
+  TREE_ATTN_HOPPER_CLASSES(TREE_ATTN_TRY)
+#undef TREE_ATTN_TRY
+  return decltype(run(std::integral_constant<int, 64>{}, std::integral_constant<int, 64>{})){};
+}
+
+// TMA describes no tensor that repeats rows (a stride of 0, from expand()).
+template <typename... Tensors>
+bool repeats_rows(const Tensors&... tensors) {
+  return ((tensors.token_stride <= 0 || tensors.head_stride <= 0) || ...);
+}
+#endif
+
 // Calls run(dim, value_dim) with the smallest compiled class that holds the dimensions, as integral constants.
 template <typename Run>
 auto with_class(const Sizes& s, Run run) {
@@ -65,16 +90,11 @@ cudaError_t portable_backward(const Backward& call, int max_smem, cudaStream_t s
 cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stream) {
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
 #if TREE_ATTN_HOPPER
-  // TMA describes no tensor that repeats rows (a stride of 0, from expand()).
-  const bool repeats = std::min({call.q.token_stride, call.q.head_stride, call.k.token_stride, call.k.head_stride,
-                                 call.v.token_stride, call.v.head_stride}) <= 0;
-  if (!repeats && on_hopper(call.sizes, call.scale, call.softcap, config)) {
-#define TREE_ATTN_TRY(D, DV)                                              \
-  if (call.sizes.head_dim <= D && call.sizes.value_dim <= DV)             \
-    return call.dtype == DType::kFloat16 ? hopper::launch_forward<__half, D, DV>(call, stream) \
-                                         : hopper::launch_forward<__nv_bfloat16, D, DV>(call, stream);
-    TREE_ATTN_HOPPER_CLASSES(TREE_ATTN_TRY)
-#undef TREE_ATTN_TRY
+  if (on_hopper(call.sizes, call.scale, call.softcap, config) && !repeats_rows(call.q, call.k, call.v)) {
+    return with_hopper_class(call.sizes, [&](auto dim, auto value_dim) {
+      return call.dtype == DType::kFloat16 ? hopper::launch_forward<__half, dim(), value_dim()>(call, stream)
+                                           : hopper::launch_forward<__nv_bfloat16, dim(), value_dim()>(call, stream);
+    });
   }
 #endif
   return with_class(call.sizes, [&](auto dim, auto value_dim) {
@@ -85,6 +105,15 @@ cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stre
 
 cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream) {
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
+#if TREE_ATTN_HOPPER
+  if (on_hopper_backward(call.sizes, call.scale, call.softcap, call.deterministic, config) &&
+      !repeats_rows(call.q, call.k, call.v, call.grad_out)) {
+    return with_hopper_class(call.sizes, [&](auto dim, auto value_dim) {
+      return call.dtype == DType::kFloat16 ? hopper::launch_backward<__half, dim(), value_dim()>(call, stream)
+                                           : hopper::launch_backward<__nv_bfloat16, dim(), value_dim()>(call, stream);
+    });
+  }
+#endif
   int max_smem = 0;
   const cudaError_t error = shared_memory_limit(config, &max_smem);
   if (error != cudaSuccess) return error;
@@ -92,15 +121,22 @@ cudaError_t backward(const Backward& call, const Config& config, cudaStream_t st
                                        : portable_backward<__nv_bfloat16>(call, max_smem, stream);
 }
 
-int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&) {
+int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config& config) {
   if (!supported(sizes)) return 0;
-  return with_class(sizes, [&](auto dim, auto value_dim) {
+  const auto bytes = [&](auto dim, auto value_dim) {
     return portable::Workspace(nullptr, sizes, deterministic, dim(), value_dim(), portable::kSmallestKeys).bytes;
-  });
+  };
+  const int64_t portable_bytes = with_class(sizes, bytes);
+#if TREE_ATTN_HOPPER
+  if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config))
+    return std::max(portable_bytes, with_hopper_class(sizes, bytes));
+#endif
+  return portable_bytes;
 }
 
 const char* path_name(const Sizes& sizes, const Config& config) {
-  return on_hopper(sizes, 1.f, 0.f, config) ? "hopper" : "portable";
+  if (!on_hopper(sizes, 1.f, 0.f, config)) return "portable";
+  return on_hopper_backward(sizes, 1.f, 0.f, false, config) ? "hopper" : "hopper forward and portable backward";
 }
 
 }  // namespace tree_attn

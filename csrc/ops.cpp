@@ -373,7 +373,7 @@ TREE_ATTN_EXPORT const char* tree_attn_error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// The kernels that run these sizes under `path` (0 auto, 1 portable, 2 hopper): "portable" or "hopper".
+// The kernels that run these sizes under `path` (0 auto, 1 portable, 2 hopper), as path_name() of params.h.
 TREE_ATTN_EXPORT const char* tree_attn_path_name(int device, int heads, int kv_heads, int head_dim, int value_dim,
                                                  int path, int max_smem) {
   cudaSetDevice(device);

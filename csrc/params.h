@@ -100,7 +100,7 @@ cudaError_t backward(const Backward& call, const Config& config, cudaStream_t st
 cudaError_t mask_tables(const MaskTables& call, cudaStream_t stream);
 int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config& config);
 
-// "hopper" or "portable": what Path::kAuto runs for these sizes on the current device.
+// "hopper", "portable" or "hopper forward and portable backward": what runs for these sizes on the current device.
 const char* path_name(const Sizes& sizes, const Config& config);
 
 }  // namespace tree_attn

@@ -62,6 +62,17 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, 
       ::"r"(smem), "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(token) : "memory");
 }
 
+// `bytes` (a multiple of 16) in a row, gmem -> smem ("Data Movement: cp.async.bulk").
+__device__ __forceinline__ void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(smem),
+               "l"(gmem), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// What this thread has written to shared memory comes before what wgmma and TMA, past a barrier, do with it ("Memory
+// Consistency Model: Proxies", "membar/fence").
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
 // -- registers of a warpgroup ("setmaxnreg") ---------------------------------------------------------------------------------
 
 template <int kCount>

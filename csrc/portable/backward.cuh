@@ -51,7 +51,7 @@ constexpr int kBandRows = 4096;  // packed rows; a multiple of every kRows
 
 // The workspace of one call, cut into arrays. Rows are packed and padded to kRowPadding, keys to kKeyPadding.
 struct Workspace {
-  static constexpr int kRowPadding = 64, kKeyPadding = 128;
+  static constexpr int kRowPadding = 128, kKeyPadding = 128;
   float* log2_sum;  // (kv_heads, padded rows) log2 of the whole denominator; +inf where a row sees nothing
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
@@ -531,6 +531,15 @@ __global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __gr
 
 // -- launch -------------------------------------------------------------------------------------------------------------------
 
+// What comes before the products: the statistics of the rows and the list of items.
+template <typename Tiles>
+void launch_plan(const BackwardArguments& args, cudaStream_t stream) {
+  constexpr int kWarps = 8;
+  const dim3 grid((args.work.padded_rows + kWarps - 1) / kWarps, args.call.sizes.kv_heads);
+  prepare_rows_kernel<typename Tiles::T><<<grid, kWarps * kWarp, 0, stream>>>(args);
+  plan_items_kernel<Tiles><<<1, 1024, 0, stream>>>(args);
+}
+
 template <typename Tiles>
 cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
   using T = typename Tiles::T;
@@ -551,10 +560,7 @@ cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
                                  kFinishSmem);
   if (error != cudaSuccess) return error;
 
-  constexpr int kPrepareWarps = 8;
-  const dim3 prepare_grid((args.work.padded_rows + kPrepareWarps - 1) / kPrepareWarps, kv_heads);
-  prepare_rows_kernel<T><<<prepare_grid, kPrepareWarps * kWarp, 0, stream>>>(args);
-  plan_items_kernel<Tiles><<<1, 1024, 0, stream>>>(args);
+  launch_plan<Tiles>(args, stream);
   if (!call.deterministic) {
     const size_t bytes = size_t{kv_heads} * args.work.padded_rows * Tiles::kDim * sizeof(float);
     if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;

@@ -22,8 +22,9 @@ struct PackedRows {
 };
 
 // Moves a tile of kRows rows between global and shared memory, 16 bytes a thread at a time. Threads are laid out so that
-// from one copy to the next only immediates change in the shared-memory address.
-template <typename T, int kCols, int kRows, int kThreads>
+// from one copy to the next only immediates change in the shared-memory address. They are those of the block from
+// kFirstThread on.
+template <typename T, int kCols, int kRows, int kThreads, int kFirstThread = 0>
 struct TileCopy {
   using Tile = SmemTile<kCols>;
   static constexpr int kLanes = Tile::kChunks % 8 == 0 ? 8 : 4;  // threads side by side on a row
@@ -34,7 +35,7 @@ struct TileCopy {
   // copy(smem offset, row of the tile, column) for each 16 bytes that this thread moves.
   template <typename Copy>
   static __device__ __forceinline__ void each(Copy copy) {
-    const uint32_t thread = rederive(threadIdx.x);
+    const uint32_t thread = rederive(threadIdx.x - kFirstThread);
     const int row = thread / kLanes, chunk = thread % kLanes;
     const uint32_t offset = Tile::offset(row, chunk);
 #pragma unroll

@@ -3,8 +3,8 @@
 Allocation is torch's and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two environment variables,
 read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or ``hopper``) forces one set
 of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of a smaller GPU. Where the
-Hopper set lacks a kernel the portable one runs: for every backward, and for the forward with a scale that is not
-positive or with repeated rows (``expand``).
+Hopper set lacks a kernel the portable one runs: for a scale that is not positive, for repeated rows (``expand``), and for
+the backward of deterministic calls and of groups of query heads whose number does not divide 64.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class CudaBackend(Backend):
             return ""
         path = _path_name(_index(request.device), request[2:6], *_config())
         archs = ", ".join(library.build["archs"])  # type: ignore[arg-type]
-        kernels = "hopper forward and portable backward" if path == "hopper" else path
-        return f"{kernels} kernels, CUDA {library.build['cuda']} build for {archs}"
+        return f"{path} kernels, CUDA {library.build['cuda']} build for {archs}"
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: RowRanges, options: Options
@@ -147,7 +146,9 @@ def _reasons_of_inputs(request: Request) -> list[str]:
 
 def _reasons_of_path(request: Request) -> list[str]:
     path, max_smem = _config()
-    if path != _kernels.PATHS["hopper"] or _path_name(_index(request.device), request[2:6], path, max_smem) == "hopper":
+    if path != _kernels.PATHS["hopper"]:
+        return []
+    if _path_name(_index(request.device), request[2:6], path, max_smem).startswith("hopper"):
         return []
     return [f"{PATH_VARIABLE} is hopper, and this build or this GPU has no Hopper kernels for these heads"]
 

@@ -1,0 +1,51 @@
+// One instance of the Hopper backward; the build compiles this file once for every (dtype, head dim, value dim).
+#include <algorithm>
+#include <type_traits>
+
+#include "backward.cuh"
+#include "instances.h"
+#include "maps.h"
+
+namespace tree_attn::hopper {
+
+template <typename T, int kDim, int kValueDim>
+cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
+  static_assert(kDim == kValueDim);
+  using Tiles = std::conditional_t<kDim == 64, BackwardTiles<T, 64, 128, 2>, BackwardTiles<T, 128, 64, 3>>;
+  const BackwardArguments args(call, kDim, kValueDim, Tiles::kKeys);
+  const Sizes& s = call.sizes;
+  const int group = s.heads / s.kv_heads, tile_tokens = Tiles::kRows / group;
+  const unsigned key_tiles = (s.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = s.kv_heads;
+
+  CUtensorMap q_map, o_map, k_map, v_map;
+  if (!make_map<T>(&q_map, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
+      !make_map<T>(&o_map, call.grad_out, s.rows, s.heads, s.value_dim, group, tile_tokens) ||
+      !make_map<T>(&k_map, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kKeys) ||
+      !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
+    return cudaErrorInvalidValue;
+
+  int device = 0, processors = 0;
+  constexpr int kFinishSmem = 2 * Tiles::kKBytes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(hopper::backward_kernel<Tiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(hopper::split_tiles_kernel<Tiles, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kFinishSmem);
+  if (error != cudaSuccess) return error;
+
+  portable::launch_plan<Tiles>(args, stream);
+  const size_t bytes = size_t{kv_heads} * args.work.padded_rows * kDim * sizeof(float);
+  if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;
+  hopper::split_tiles_kernel<Tiles, false><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
+  const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
+  hopper::backward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
+  hopper::finish_q_kernel<Tiles><<<dim3(args.work.padded_rows / Tiles::kRows, kv_heads), kFinishThreads, 0, stream>>>(args);
+  hopper::split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), kFinishThreads, kFinishSmem, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template cudaError_t launch_backward<TA_ELEMENT, TA_HEAD_DIM, TA_VALUE_DIM>(const Backward&, cudaStream_t);
+
+}  // namespace tree_attn::hopper
