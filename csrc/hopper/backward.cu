@@ -1,6 +1,5 @@
 // One instance of the Hopper backward; the build compiles this file once for every (dtype, head dim, value dim).
 #include <algorithm>
-#include <type_traits>
 
 #include "backward.cuh"
 #include "instances.h"
@@ -11,7 +10,7 @@ namespace tree_attn::hopper {
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   static_assert(kDim == kValueDim);
-  using Tiles = std::conditional_t<kDim == 64, BackwardTiles<T, 64, 128, 2>, BackwardTiles<T, 128, 64, 3>>;
+  using Tiles = BackwardTiles<T, kDim, kDim == 64 ? 128 : 64>;
   const BackwardArguments args(call, kDim, kValueDim, Tiles::kKeys);
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = Tiles::kRows / group;

@@ -7,7 +7,8 @@
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers. For
 // dQ the dS' of both consumers meet in shared memory, two buffers in turn; each consumer computes 64 x 64 of dQ and adds
-// them up in float32 in global memory, in the order of the registers, while its dK runs.
+// them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the next item come while one is
+// computed.
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -18,10 +19,11 @@ namespace tree_attn::hopper {
 using portable::BackwardArguments;
 using portable::Workspace;
 
-template <typename T_, int kDim_, int kRows_, int kStages_>
+template <typename T_, int kDim_, int kRows_>
 struct BackwardTiles {
   using T = T_;
-  static constexpr int kDim = kDim_, kKeys = 128, kRows = kRows_, kStages = kStages_;
+  static constexpr int kDim = kDim_, kKeys = 128, kRows = kRows_;
+  static constexpr int kStages = 2, kItems = 2;  // of row tiles, and of key tiles
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
@@ -37,14 +39,17 @@ struct BackwardTiles {
     alignas(1024) char q[kQBytes];
     char grad_out[kQBytes];
   };
-  struct Smem {
+  struct Item {
     alignas(1024) char k[kKBytes];
     char v[kKBytes];
+  };
+  struct Smem {
+    Item items[kItems];
     Stage stages[kStages];
     char ds[2][kSBytes];
     float log2_sums[kStages][kRows], deltas[kStages][kRows];
-    uint64_t item_full, item_empty, full[kStages], empty[kStages];
-    int4 item;              // key tile or -1 for the end, key/value head, 1 if the tile has other items
+    uint64_t item_full[kItems], item_empty[kItems], full[kStages], empty[kStages];
+    int4 item[kItems];      // key tile or -1 for the end, key/value head, 1 if the tile has other items
     int row_tile[kStages];  // first row + kPartial + kLast, or -1 for an item without any
   };
   static constexpr int kSmem = sizeof(Smem);
@@ -63,26 +68,27 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   const Workspace& work = args.work;
   const int group = args.rows.group.divisor, items = work.counters[1];
   const auto at = [](auto& x) { return smem_address(&x); };
-  int stage = 0, parity = 1, item_parity = 1;  // a fresh barrier counts as one whose phase before has completed
+  int stage = 0, parity = 1, slot = 0, item_parity = 1;  // a fresh barrier counts as one whose phase before has completed
 
   for (;;) {
     const int taken = atomicAdd(work.counters, 1), kv_head = taken / items;
-    barrier_wait(at(smem.item_empty), item_parity);
-    item_parity ^= 1;
+    const uint32_t item_full = at(smem.item_full[slot]);
+    barrier_wait(at(smem.item_empty[slot]), item_parity);
     if (kv_head >= sizes.kv_heads) {
-      smem.item = {-1, 0, 0, 0};
-      barrier_arrive(at(smem.item_full));
+      smem.item[slot] = {-1, 0, 0, 0};
+      barrier_arrive(item_full);
       return;
     }
     const int4 item = work.items[taken - kv_head * items];
     const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
-    smem.item = {tile, kv_head, item.w, 0};
-    barrier_arrive_expect(at(smem.item_full), 2 * Tiles::kKBytes);
+    smem.item[slot] = {tile, kv_head, item.w, 0};
+    barrier_arrive_expect(item_full, 2 * Tiles::kKBytes);
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      tma_load(at(smem.k) + slab * Tiles::kKSlab, k_map, at(smem.item_full), slab * 64, kv_head, k0);
-      tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, at(smem.item_full), slab * 64, kv_head, k0);
+      tma_load(at(smem.items[slot].k) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
+      tma_load(at(smem.items[slot].v) + slab * Tiles::kKSlab, v_map, item_full, slab * 64, kv_head, k0);
     }
+    if (++slot == Tiles::kItems) slot = 0, item_parity ^= 1;
 
     const auto send = [&](int message) {
       barrier_wait(at(smem.empty[stage]), parity);
@@ -177,23 +183,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     if (lane == 0) barrier_arrive(at(barrier));
   };
 
-  int stage = 0, parity = 0, item_parity = 0, buffer = 0;
+  int stage = 0, parity = 0, slot = 0, item_parity = 0, buffer = 0;
   for (;;) {
-    barrier_wait(at(smem.item_full), item_parity);
-    item_parity ^= 1;
-    const int4 item = smem.item;
+    barrier_wait(at(smem.item_full[slot]), item_parity);
+    const int4 item = smem.item[slot];
     if (item.x < 0) return;
     const int k0 = item.x * Tiles::kKeys, kv_head = item.y;
-
-    int2 seen[2];  // the packed rows that see this thread's keys
-    int key_depth[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = k0 + warp * 16 + h * 8 + lane / 4;
-      const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
-      seen[h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
-      key_depth[h] = mask.window && key < sizes.keys ? __ldg(mask.k_depth + key) : 0;
-    }
 
     float dk[kDim / 8][4], dv[kDim / 8][4];
 #pragma unroll
@@ -208,7 +203,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       if (message >= 0) {
         const int row0 = message & ~(kPartial | kLast);
         const uint32_t q = at(smem.stages[stage].q), grad_out = at(smem.stages[stage].grad_out);
-        const uint32_t k = at(smem.k), v = at(smem.v), ds = at(smem.ds[buffer]);
+        const uint32_t k = at(smem.items[slot].k), v = at(smem.items[slot].v), ds = at(smem.ds[buffer]);
         float s[kRowTiles][4], d[kRowTiles][4];
 
         wgmma_fence();
@@ -239,6 +234,15 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
         }
         uint32_t hidden[kRowTiles / 8] = {};  // one bit for each score of this thread
         if (message & kPartial) {
+          int2 seen[2];  // the packed rows that see this thread's keys
+          int key_depth[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int key = k0 + warp * 16 + h * 8 + lane / 4;
+            const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
+            seen[h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
+            key_depth[h] = mask.window && key < sizes.keys ? __ldg(mask.k_depth + key) : 0;
+          }
 #pragma unroll
           for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
@@ -325,10 +329,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
     } else {
       sync();  // both consumers have read K and V; their place takes dK and dV
-      store_grad_kv<Tiles, Tiles::kGroupThreads>(args, smem.k, smem.v, kv_head, k0, dk, dv, sync);
+      store_grad_kv<Tiles, Tiles::kGroupThreads>(args, smem.items[slot].k, smem.items[slot].v, kv_head, k0, dk, dv, sync);
       proxy_fence();
     }
-    release(smem.item_empty);
+    release(smem.item_empty[slot]);
+    if (++slot == Tiles::kItems) slot = 0, item_parity ^= 1;
   }
 }
 
@@ -341,8 +346,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
     prefetch_map(&q_map), prefetch_map(&o_map), prefetch_map(&k_map), prefetch_map(&v_map);
-    barrier_init(smem_address(&smem.item_full), 1);
-    barrier_init(smem_address(&smem.item_empty), Tiles::kReleases);
+    for (int i = 0; i < Tiles::kItems; ++i) {
+      barrier_init(smem_address(&smem.item_full[i]), 1);
+      barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases);
+    }
     for (int i = 0; i < Tiles::kStages; ++i) {
       barrier_init(smem_address(&smem.full[i]), 1);
       barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases);
@@ -351,7 +358,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {
-    // 40 + 2 * 232 = 3 * 168, what the launch gives three warpgroups; with more they would wait for ever.
+    // 56 + 2 * 224 = 3 * 168, what the launch gives three warpgroups; with more they would wait for ever.
     registers_decrease<56>();
     if (threadIdx.x == 0) produce<Tiles>(args, &q_map, &o_map, &k_map, &v_map, smem);
   } else {
