@@ -200,7 +200,9 @@ def _weight(name: str) -> int:
     return (int(dims[1]) + int(dims[2]) if dims else 0) * (2 if "backward" in name else 1)
 
 
-def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[Arch], namespace: str) -> str:
+def _ninja_file(
+    csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[Arch], namespace: str, release: bool
+) -> str:
     root = csrc.parent
     compress = "--compress-mode=size" if nvcc.version >= (12, 8) else "-Xfatbin=-compress-all"
     host = [f"-ccbin={shlex.quote(os.environ['CXX'])}"] if os.environ.get("CXX") else []
@@ -208,10 +210,11 @@ def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[A
         *host,
         "-std=c++17",
         "-O3",
-        "-lineinfo",
+        # For profilers. It holds absolute paths and names with the compiler's process id, other in every build.
+        *([] if release else ["-lineinfo"]),
         "-Xptxas=-v",
-        # Paths of the build machine stay out of the library.
-        f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map={torch}=torch,-ffile-prefix-map={root}/=",
+        # Paths of the build machine stay out of the library; those of the sources are relative anyway.
+        f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map={torch}=torch",
         f"-I{_relative(csrc, root)}",
         f"-DTREE_ATTN_HOPPER={int(_with_hopper(csrc, archs))}",
         compress,
@@ -227,7 +230,8 @@ def _ninja_file(csrc: Path, folder: Path, torch: Path, nvcc: Nvcc, archs: list[A
     ]
     # One list: as separate arguments nvcc reorders them and the linker drops libtorch, which has the stream function.
     torch_libraries = "-Xlinker=--no-as-needed,-ltorch,-ltorch_cpu,--as-needed"
-    link = [*host, "-shared", "-cudart=static", f"-L{torch / 'lib'}", torch_libraries]
+    # Nothing to link for the device: its linker would only put its command line, with paths, into the library.
+    link = [*host, "-shared", "-nodlink", "-cudart=static", f"-L{torch / 'lib'}", torch_libraries]
     link.append("-Xlinker=--strip-all")  # names of nvcc's temporary files, other in every build
     link.append(f"-Xlinker=--version-script={_relative(csrc / 'exports.map', root)}")
 
@@ -304,6 +308,7 @@ def build(
     namespace: str = DEFAULT_NAMESPACE,
     csrc: Path = ROOT / "csrc",
     folder: Path | None = None,
+    release: bool = False,
 ) -> Path:
     """Build the library and put it at ``output``.
 
@@ -313,6 +318,7 @@ def build(
         namespace: of the operators; two libraries in one process must differ in it.
         csrc: the sources.
         folder: for objects, logs and the ninja file; ``build/kernels`` beside csrc when None.
+        release: the same sources and compilers make the same bytes, in whatever folder; without line numbers.
 
     Raises:
         BuildError: something that the build needs is missing or too old, or a compiler failed.
@@ -327,7 +333,7 @@ def build(
     info = json.dumps(_build_info(csrc.parent, nvcc, chosen))
     _write_if_changed(folder / "build_info.h", f"#define TREE_ATTN_BUILD_INFO {json.dumps(info)}\n")
     plan = folder / "build.ninja"
-    plan.write_text(_ninja_file(csrc, folder, torch, nvcc, chosen, namespace))
+    plan.write_text(_ninja_file(csrc, folder, torch, nvcc, chosen, namespace, release))
     jobs = os.environ.get("MAX_JOBS") or str(_cores())
     done = subprocess.run([*ninja, "-f", str(plan), "-j", jobs], cwd=csrc.parent, check=False)
     if done.returncode:
@@ -356,9 +362,15 @@ def main() -> None:
     parser.add_argument("--archs", help=f'default: TREE_ATTN_CUDA_ARCHS, or "{DEFAULT_ARCHS}"')
     parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="of the operators (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for objects and logs (default: build/kernels)")
+    parser.add_argument("--release", action="store_true", help="the same bytes from every checkout; no line numbers")
+    parser.add_argument("--nvcc", action="store_true", help="print the version and path of nvcc and build nothing")
     given = parser.parse_args()
     try:
-        print(build(given.output, given.archs, given.namespace, folder=given.folder))
+        if given.nvcc:
+            nvcc = find_nvcc()
+            print(_dotted(nvcc.version), nvcc.path)
+        else:
+            print(build(given.output, given.archs, given.namespace, folder=given.folder, release=given.release))
     except BuildError as error:
         raise SystemExit(f"error: {error}") from None
 

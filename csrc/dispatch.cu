@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "hopper/instances.h"
+#include "hopper/rows.h"
 #include "portable/backward.cuh"
 #include "portable/instances.h"
 
@@ -25,10 +26,15 @@ bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config)
 #endif
 }
 
-// The Hopper backward as well: its row tiles hold whole tokens when the heads of a group divide 64. It adds up dQ in any
-// order, so deterministic calls go to the portable kernels.
+// The Hopper backward as well? It adds up dQ in any order, so deterministic calls go to the portable kernels.
 bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool deterministic, const Config& config) {
-  return !deterministic && 64 % (s.heads / s.kv_heads) == 0 && on_hopper(s, scale, softcap, config);
+#if TREE_ATTN_HOPPER
+  const int group = s.heads / s.kv_heads;
+  return !deterministic && group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
+         on_hopper(s, scale, softcap, config);
+#else
+  return false;
+#endif
 }
 
 #if TREE_ATTN_HOPPER
@@ -123,13 +129,17 @@ cudaError_t backward(const Backward& call, const Config& config, cudaStream_t st
 
 int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config& config) {
   if (!supported(sizes)) return 0;
-  const auto bytes = [&](auto dim, auto value_dim) {
-    return portable::Workspace(nullptr, sizes, deterministic, dim(), value_dim(), portable::kSmallestKeys).bytes;
+  const auto bytes = [&](int64_t rows, int dim, int value_dim) {
+    return portable::Workspace(nullptr, sizes, rows, deterministic, dim, value_dim, portable::kSmallestKeys).bytes;
   };
-  const int64_t portable_bytes = with_class(sizes, bytes);
+  const int64_t portable_bytes = with_class(
+      sizes, [&](auto dim, auto value_dim) { return bytes(portable::PackedRows(sizes).count, dim(), value_dim()); });
 #if TREE_ATTN_HOPPER
-  if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config))
-    return std::max(portable_bytes, with_hopper_class(sizes, bytes));
+  if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
+    return std::max(portable_bytes, with_hopper_class(sizes, [&](auto dim, auto value_dim) {
+      return bytes(hopper::TiledRows(sizes, hopper::row_tile(dim())).count, dim(), value_dim());
+    }));
+  }
 #endif
   return portable_bytes;
 }

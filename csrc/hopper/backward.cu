@@ -10,10 +10,10 @@ namespace tree_attn::hopper {
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   static_assert(kDim == kValueDim);
-  using Tiles = BackwardTiles<T, kDim, kDim == 64 ? 128 : 64>;
-  const BackwardArguments args(call, kDim, kValueDim, Tiles::kKeys);
+  using Tiles = BackwardTiles<T, kDim>;
+  const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys);
   const Sizes& s = call.sizes;
-  const int group = s.heads / s.kv_heads, tile_tokens = Tiles::kRows / group;
+  const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;
   const unsigned key_tiles = (s.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = s.kv_heads;
 
   CUtensorMap q_map, o_map, k_map, v_map;

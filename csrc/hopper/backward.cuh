@@ -13,16 +13,19 @@
 
 #include "../portable/backward.cuh"
 #include "primitives.cuh"
+#include "rows.h"
 
 namespace tree_attn::hopper {
 
-using portable::BackwardArguments;
 using portable::Workspace;
 
-template <typename T_, int kDim_, int kRows_>
+using BackwardArguments = portable::BackwardArgumentsOf<TiledRows>;
+
+
+template <typename T_, int kDim_>
 struct BackwardTiles {
   using T = T_;
-  static constexpr int kDim = kDim_, kKeys = 128, kRows = kRows_;
+  static constexpr int kDim = kDim_, kKeys = 128, kRows = row_tile(kDim_);
   static constexpr int kStages = 2, kItems = 2;  // of row tiles, and of key tiles
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
@@ -96,9 +99,10 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
       if (message < 0) {
         barrier_arrive(at(smem.full[stage]));
       } else {
-        const int row0 = message & ~(kPartial | kLast), token = args.rows.token(row0);
+        const int row0 = message & ~(kPartial | kLast), token = args.rows.first_token(row0);
         const uint32_t full = at(smem.full[stage]);
-        barrier_arrive_expect(full, 2 * Tiles::kQBytes + 2 * kRows * 4);
+        const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
+        barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
           tma_load(at(smem.stages[stage].q) + slab * Tiles::kQSlab, q_map, full, slab * 64, kv_head * group, token);
@@ -112,16 +116,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     };
 
     const KeySpan keys = KeySpan::load<kKeys>(call.mask, k0, sizes.keys);
-    const int full_from = keys.begin.high * group;
-    const int full_to = k0 + kKeys <= sizes.keys ? keys.end.low * group : 0;
+    const int full_from = args.rows.first_row(min(keys.begin.high, sizes.rows));
+    const int full_to = k0 + kKeys <= sizes.keys ? args.rows.first_row(min(keys.end.low, sizes.rows)) : 0;
     int held = -1;  // the message before goes out when it is known whether it is the last
     for (int i = 0; i < row_tiles; ++i) {
       // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
       const int row0 = item.y + (i + tile) % row_tiles * kRows;
       bool needed = true, full = row0 >= full_from && row0 + kRows <= full_to;
       if (call.mask.window) {
-        const int last = min(row0 + kRows, args.rows.count) - 1;
-        const RowSpan rows = row_span(call.mask, args.rows.token(row0), args.rows.token(last) + 1);
+        const int first = args.rows.first_token(row0);
+        const RowSpan rows = row_span(call.mask, first, min(first + args.rows.tokens.divisor, sizes.rows));
         needed = keys.needed(call.mask, rows);
         full = full && keys.full(call.mask, rows);
       }
@@ -175,7 +179,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const Mask& mask = call.mask;
   const auto at = [](auto& x) { return smem_address(&x); };
   const int consumer = threadIdx.x / Tiles::kGroupThreads - 1, warp = threadIdx.x / kWarp - 4;  // of all consumers
-  const int lane = threadIdx.x % kWarp, group = args.rows.group.divisor;
+  const int lane = threadIdx.x % kWarp;
   const uint32_t own_rows = consumer * Tiles::kGroupKeys * 128;  // of this consumer's keys in a slab of K or V
   const auto sync = [] { named_sync(1, kConsumerThreads); };
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
@@ -240,7 +244,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
           for (int h = 0; h < 2; ++h) {
             const int key = k0 + warp * 16 + h * 8 + lane / 4;
             const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
-            seen[h] = {tokens.x * group, min(tokens.y, sizes.rows) * group};
+            seen[h] = {args.rows.first_row(min(tokens.x, sizes.rows)), args.rows.first_row(min(tokens.y, sizes.rows))};
             key_depth[h] = mask.window && key < sizes.keys ? __ldg(mask.k_depth + key) : 0;
           }
 #pragma unroll
@@ -355,6 +359,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases);
     }
     barrier_init_fence();
+  }
+  if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
+    // Rows that are none are never loaded: zeros there, times the probability 0, stay out of every sum.
+    int4* const stages = reinterpret_cast<int4*>(smem.stages);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.stages) / sizeof(int4)); i += Tiles::kThreads)
+      stages[i] = {0, 0, 0, 0};
+    proxy_fence();
   }
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {

@@ -65,8 +65,8 @@ struct Workspace {
   int max_items;
   int64_t bytes;
 
-  Workspace(void* base, const Sizes& s, bool deterministic, int dim, int value_dim, int keys_per_tile) {
-    const int64_t rows = int64_t{s.rows} * (s.heads / s.kv_heads);
+  // `rows`: packed rows of one key/value head.
+  Workspace(void* base, const Sizes& s, int64_t rows, bool deterministic, int dim, int value_dim, int keys_per_tile) {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
     const int64_t padded_keys = (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
@@ -88,18 +88,21 @@ struct Workspace {
   }
 };
 
-struct BackwardArguments {
+// `Rows`: how packed rows follow from tokens and heads, here PackedRows.
+template <typename Rows>
+struct BackwardArgumentsOf {
   Backward call;
-  PackedRows rows;
+  Rows rows;
   Scaling scaling;
   Workspace work;
 
-  BackwardArguments(const Backward& call, int dim, int value_dim, int keys_per_tile)
+  BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile)
       : call(call),
-        rows(call.sizes),
+        rows(rows),
         scaling(call.scale, call.softcap),
-        work(call.workspace, call.sizes, call.deterministic, dim, value_dim, keys_per_tile) {}
+        work(call.workspace, call.sizes, rows.count, call.deterministic, dim, value_dim, keys_per_tile) {}
 };
+using BackwardArguments = BackwardArgumentsOf<PackedRows>;
 
 // -- float32 sums in global memory, in the order of the registers ---------------------------------------------------------
 
@@ -155,18 +158,18 @@ __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int 
 // -- before: delta and the denominator of every row, the list of items ----------------------------------------------------
 
 // One warp a packed row: delta = sum(dO * O), and with a gradient of lse, sum over keys of softmax * grad_lse folded in.
-template <typename T>
-__global__ void prepare_rows_kernel(const __grid_constant__ BackwardArguments args) {
+template <typename T, typename Rows>
+__global__ void prepare_rows_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args) {
   const Backward& call = args.call;
   const int row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int kv_head = blockIdx.y;
   if (row >= args.work.padded_rows) return;
   const int64_t to = static_cast<int64_t>(kv_head) * args.work.padded_rows + row;
-  if (row >= args.rows.count) {
+  if (!args.rows.valid(row)) {
     if (lane == 0) args.work.log2_sum[to] = -negative_infinity(), args.work.delta[to] = 0.f;
     return;
   }
-  const int token = args.rows.token(row), head = kv_head * args.rows.group.divisor + row - token * args.rows.group.divisor;
+  const int token = args.rows.token(row), head = args.rows.head(row, kv_head);
   const T* out = static_cast<const T*>(call.out.data) + token * call.out.token_stride + head * call.out.head_stride;
   const T* grad = static_cast<const T*>(call.grad_out.data) + token * call.grad_out.token_stride +
                   head * call.grad_out.head_stride;
@@ -205,10 +208,11 @@ __global__ void prepare_rows_kernel(const __grid_constant__ BackwardArguments ar
 }
 
 // The packed rows [low, high) that see a key of the tile, low rounded down to whole row tiles.
-__device__ __forceinline__ int2 rows_of_tile(const BackwardArguments& args, const KeySpan& keys, int rows_per_tile) {
-  const int group = args.rows.group.divisor;
-  const int low = max(keys.begin.low, 0) * group / rows_per_tile * rows_per_tile;
-  return {low, min(keys.end.high, args.call.sizes.rows) * group};
+template <typename Rows>
+__device__ __forceinline__ int2 rows_of_tile(const BackwardArgumentsOf<Rows>& args, const KeySpan& keys,
+                                             int rows_per_tile) {
+  const int low = args.rows.first_row(max(keys.begin.low, 0)) / rows_per_tile * rows_per_tile;
+  return {low, args.rows.first_row(min(keys.end.high, args.call.sizes.rows))};
 }
 
 // Do the rows of a tile touch more than one band? (In deterministic calls there is one band, of all rows.)
@@ -218,8 +222,8 @@ __device__ __forceinline__ bool in_several_bands(int2 rows) {
 
 // One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
 // of bands and of key tiles, so it does not change from run to run.
-template <typename Tiles>
-__global__ void plan_items_kernel(const __grid_constant__ BackwardArguments args) {
+template <typename Tiles, typename Rows>
+__global__ void plan_items_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args) {
   const Sizes& sizes = args.call.sizes;
   const Workspace& work = args.work;
   const int tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
@@ -532,8 +536,8 @@ __global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __gr
 // -- launch -------------------------------------------------------------------------------------------------------------------
 
 // What comes before the products: the statistics of the rows and the list of items.
-template <typename Tiles>
-void launch_plan(const BackwardArguments& args, cudaStream_t stream) {
+template <typename Tiles, typename Rows>
+void launch_plan(const BackwardArgumentsOf<Rows>& args, cudaStream_t stream) {
   constexpr int kWarps = 8;
   const dim3 grid((args.work.padded_rows + kWarps - 1) / kWarps, args.call.sizes.kv_heads);
   prepare_rows_kernel<typename Tiles::T><<<grid, kWarps * kWarp, 0, stream>>>(args);
@@ -543,7 +547,7 @@ void launch_plan(const BackwardArguments& args, cudaStream_t stream) {
 template <typename Tiles>
 cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
   using T = typename Tiles::T;
-  const BackwardArguments args(call, Tiles::kDim, Tiles::kValueDim, Tiles::kKeys);
+  const BackwardArguments args(call, PackedRows(call.sizes), Tiles::kDim, Tiles::kValueDim, Tiles::kKeys);
   const Sizes& sizes = call.sizes;
   const unsigned key_tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = sizes.kv_heads;
 

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 2) backward_dq_kernel(const _
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward_dq(const Backward& call, cudaStream_t stream) {
   using Tiles = BackwardDqTiles<T, kDim, kValueDim>;
-  const BackwardArguments args(call, kDim, kValueDim, kSmallestKeys);
+  const BackwardArguments args(call, PackedRows(call.sizes), kDim, kValueDim, kSmallestKeys);
   auto* kernel = backward_dq_kernel<Tiles>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
   if (error != cudaSuccess) return error;

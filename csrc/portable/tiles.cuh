@@ -14,7 +14,12 @@ struct PackedRows {
   int count;  // tokens * group
 
   PackedRows(const Sizes& s) : group(s.heads / s.kv_heads), count(s.rows * (s.heads / s.kv_heads)) {}
+  __device__ __forceinline__ bool valid(int row) const { return row < count; }
+  __device__ __forceinline__ int first_row(int token) const { return token * group.divisor; }
   __device__ __forceinline__ int token(int row) const { return group.divide(row); }
+  __device__ __forceinline__ int head(int row, int kv_head) const {
+    return kv_head * group.divisor + (row - group.divide(row) * group.divisor);
+  }
   __device__ __forceinline__ int64_t offset(const Tensor3& x, int row, int kv_head) const {
     const int t = group.divide(row);
     return t * x.token_stride + (kv_head * group.divisor + (row - t * group.divisor)) * x.head_stride;
@@ -56,21 +61,23 @@ struct TileCopy {
   }
 
   // gmem -> smem of packed rows of one key/value head.
-  static __device__ __forceinline__ void load_rows(uint32_t smem, const Tensor3& x, const PackedRows& rows, int first,
+  template <typename Rows>
+  static __device__ __forceinline__ void load_rows(uint32_t smem, const Tensor3& x, const Rows& rows, int first,
                                                    int kv_head, int cols) {
     const T* base = static_cast<const T*>(x.data);
     each([&](uint32_t offset, int row, int col) {
-      const bool valid = first + row < rows.count && col < cols;
+      const bool valid = rows.valid(first + row) && col < cols;
       copy_async_16(smem + offset, base + (valid ? rows.offset(x, first + row, kv_head) + col : 0), valid);
     });
   }
 
   // smem -> gmem, the reverse of load_rows.
-  static __device__ __forceinline__ void store_rows(const char* smem, const Tensor3& x, const PackedRows& rows,
-                                                    int first, int kv_head, int cols) {
+  template <typename Rows>
+  static __device__ __forceinline__ void store_rows(const char* smem, const Tensor3& x, const Rows& rows, int first,
+                                                    int kv_head, int cols) {
     T* base = static_cast<T*>(x.data);
     each([&](uint32_t offset, int row, int col) {
-      if (first + row < rows.count && col < cols)
+      if (rows.valid(first + row) && col < cols)
         *reinterpret_cast<int4*>(base + rows.offset(x, first + row, kv_head) + col) =
             *reinterpret_cast<const int4*>(smem + offset);
     });
