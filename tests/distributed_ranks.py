@@ -88,10 +88,13 @@ class Case:
     forest: forests.Forest
     heads: int = 4
     kv_heads: int = 2
+    head_dim: int = 8
     value_dim: int | None = None
     window: int | None = None
     softcap: float = 0.0
+    scale: float | None = None
     with_sinks: bool = False
+    deterministic: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
     backend: str | None = None
@@ -103,10 +106,17 @@ class Case:
         """q, k and v; sinks; gradients of out and lse. Whole."""
         n = sum(self.forest[1])
         q, k, v = forests.random_qkv(
-            n, self.heads, self.kv_heads, 8, self.value_dim, self.dtype, self.seed, requires_grad=False
+            n, self.heads, self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.seed, requires_grad=False
         )
         grad_out, _, extra = forests.random_qkv(
-            n, self.heads, self.heads, self.value_dim or 8, 1, self.dtype, self.seed + 1, requires_grad=False
+            n,
+            self.heads,
+            self.heads,
+            self.value_dim or self.head_dim,
+            1,
+            self.dtype,
+            self.seed + 1,
+            requires_grad=False,
         )
         generator = torch.Generator().manual_seed(self.seed)
         sinks = torch.randn(self.heads, generator=generator, dtype=torch.float64).to(self.dtype)
@@ -114,7 +124,8 @@ class Case:
         return [q, k, v], sinks if self.with_sinks else None, grad_out, extra[..., 0].T.to(accumulator)
 
     def options(self) -> dict[str, Any]:
-        return {"window": self.window, "softcap": self.softcap, "backend": self.backend}
+        names = ("window", "softcap", "scale", "deterministic", "backend")
+        return {name: getattr(self, name) for name in names}
 
 
 Result = list[Tensor]  # out, lse transposed to tokens first, gradients of q, k and v, and of sinks if there are any
@@ -139,15 +150,77 @@ def attend_all(mesh: DeviceMesh, cases: list[tuple[Case, str]]) -> list[Result]:
     return [attend(mesh, *case) for case in cases]
 
 
+def attend_under_autocast(mesh: DeviceMesh, case: Case, mode: str) -> Result:
+    with torch.autocast(mesh.device_type, torch.bfloat16):
+        return attend(mesh, case, mode)
+
+
+def attend_relayed(mesh: DeviceMesh, case: Case) -> Result:
+    """With keys passed on whatever it costs, in waves of 20 keys."""
+    from tree_attn.distributed import _schedule
+
+    before = _schedule._length, _schedule.most_keys_of_a_wave
+    _schedule._length = lambda rounds: all(len(wave) == 1 for wave in rounds)  # short is what takes several rounds
+    _schedule.most_keys_of_a_wave = lambda *_: 20
+    try:
+        mask = case.mask()
+        plan = _schedule.schedule(mask, mesh.size())
+        assert plan.relayed
+        assert len(plan.waves) > 1
+        return attend(mesh, case, "ring")
+    finally:
+        _schedule._length, _schedule.most_keys_of_a_wave = before
+
+
+def events_of_ring(mesh: DeviceMesh, case: Case) -> list[str]:
+    """What one call does, forward and backward, in order."""
+    from tree_attn import registry
+    from tree_attn.distributed import _waves
+
+    events: list[str] = []
+    backend = next(b for b in registry.backends() if b.name == "sdpa")
+    forward, backward, exchange = backend.forward, backend.backward, _waves.exchange
+
+    def told(event: str, function: Any) -> Any:
+        return lambda *arguments: (events.append(event), function(*arguments))[1]  # type: ignore[func-returns-value]
+
+    backend.forward, backend.backward = told("forward", forward), told("backward", backward)  # type: ignore[method-assign]
+    _waves.exchange = told("exchange", exchange)  # type: ignore[assignment]
+    try:
+        attend(mesh, case, "ring")
+    finally:
+        del backend.forward, backend.backward
+        _waves.exchange = exchange
+    return events
+
+
+def attend_without_waiting(mesh: DeviceMesh, case: Case, mode: str) -> Result:
+    """The second call on a mask, in which every wait of the host for the GPU is an error."""
+    mask = case.mask().to(mesh.device_type)
+    local = [scatter_tokens(x.to(mesh.device_type), mask, mesh).requires_grad_() for x in case.tensors()[0]]
+    grad = torch.ones(len(local[0]), case.heads, case.value_dim or case.head_dim, dtype=case.dtype).to(local[0])
+    for debug in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(debug)
+        try:
+            out = tree_attention_cp(*local, mask, mesh, mode=mode, validate=debug == "default", **case.options())
+            found = torch.autograd.grad(out, local, grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [x.detach().cpu() for x in (out, *found)]
+
+
 # -- calls that go wrong, and what arrives -----------------------------------------------------------------------------
 
 
 def disagree(mesh: DeviceMesh, mode: str, what: str) -> None:
     """Rank 1 makes another call than the others."""
     odd = mesh.get_local_rank() == 1
-    case = Case(([-1, 0, 0], [6, 5, 4] if not (odd and what == "mask") else [6, 4, 5]))
-    if odd and what == "heads":
-        case = Case(case.forest, heads=8)
+    lengths = {"mask": [6, 4, 5], "size": [6, 5, 5]}.get(what if odd else "", [6, 5, 4])
+    case = Case(
+        ([-1, 0, 0], lengths),
+        heads=8 if odd and what == "heads" else 4,
+        value_dim=4 if odd and what == "value_dim" else None,
+    )
     mask = case.mask()
     local = [scatter_tokens(x, mask, mesh) for x in case.tensors()[0]]
     if odd and what == "tokens":
@@ -158,7 +231,8 @@ def disagree(mesh: DeviceMesh, mode: str, what: str) -> None:
         local[0].requires_grad_()
     if odd and what == "mode":
         mode = {"ring": "ulysses", "ulysses": "ring"}[mode]
-    tree_attention_cp(*local, mask, mesh, mode=mode, window=3 if odd and what == "window" else None)
+    options = {"window": 3, "softcap": 2.0, "sinks": torch.zeros(4, dtype=torch.float64), "return_lse": True}
+    tree_attention_cp(*local, mask, mesh, mode=mode, **({what: options[what]} if odd and what in options else {}))
 
 
 def die(mesh: DeviceMesh, mode: str) -> Result:
@@ -174,33 +248,35 @@ def die(mesh: DeviceMesh, mode: str) -> Result:
     return []
 
 
-def largest_key_blocks(mesh: DeviceMesh, case: Case) -> tuple[int, int, int]:
-    """Keys of the largest block this rank computed with; keys that arrived, forward; tokens of this rank."""
+def largest_key_blocks(mesh: DeviceMesh, case: Case) -> tuple[int, int, int, int]:
+    """Keys of the largest block this rank computed with; keys that arrived, forward; that left; tokens of this rank."""
     from tree_attn import registry
-    from tree_attn.distributed import _ring
+    from tree_attn.distributed import _waves
 
     seen: list[int] = []
     arrived: list[int] = []
+    left: list[int] = []
     backend = next(b for b in registry.backends() if b.name == "sdpa")
-    forward, send_and_receive = backend.forward, _ring.send_and_receive
+    forward, exchange = backend.forward, _waves.exchange
 
     def counting_forward(q: Tensor, k: Tensor, *rest: Any) -> Any:
         seen.append(len(k))
         return forward(q, k, *rest)
 
-    def counting_transfer(group: Any, sent: Tensor, target: int, shape: Any, source: int) -> Any:
-        arrived.append(shape[0])
-        return send_and_receive(group, sent, target, shape, source)
+    def counting_exchange(group: Any, sends: Any, receives: Any) -> Any:
+        left.extend(len(x) for _, x in sends)
+        arrived.extend(len(x) for _, x in receives)
+        return exchange(group, sends, receives)
 
-    backend.forward, _ring.send_and_receive = counting_forward, counting_transfer  # type: ignore[method-assign]
+    backend.forward, _waves.exchange = counting_forward, counting_exchange  # type: ignore[method-assign]
     try:
         mask = case.mask()
         local = [scatter_tokens(x, mask, mesh) for x in case.tensors()[0]]
         tree_attention_cp(*local, mask, mesh, mode="ring", backend="sdpa")
     finally:
         del backend.forward
-        _ring.send_and_receive = send_and_receive
-    return max(seen), sum(arrived), len(local[0])
+        _waves.exchange = exchange
+    return max(seen), sum(arrived), sum(left), len(local[0])
 
 
 def scatter_and_gather(mesh: DeviceMesh, case: Case) -> tuple[bool, Tensor]:
@@ -228,6 +304,19 @@ def bad_call(mesh: DeviceMesh, **changes: Any) -> None:
     tree_attention_cp(*local, mask, changes.pop("over", mesh), **changes)
 
 
+def absent(mesh: DeviceMesh, mode: str, what: str) -> None:
+    """Rank 1 does not make the call that the others make, or makes it without its backward pass."""
+    case = Case(([-1, 0, 0], [60, 50, 40]))
+    mask = case.mask()
+    local = [scatter_tokens(x, mask, mesh).requires_grad_() for x in case.tensors()[0]]
+    odd = mesh.get_local_rank() == 1
+    if odd and what == "forward":
+        return
+    out = tree_attention_cp(*local, mask, mesh, mode=mode)
+    if not (odd and what == "backward"):
+        out.sum().backward()
+
+
 # -- a whole model -----------------------------------------------------------------------------------------------------
 
 
@@ -252,13 +341,16 @@ def model_step(mesh: DeviceMesh, model_type: str, mode: str) -> tuple[float, dic
     return total.item(), grads
 
 
-def fsdp_step(mesh: DeviceMesh, groups: list[list[list[int]]]) -> dict[str, Tensor]:
-    """Gradients of one step with FSDP2 over all four ranks: two batches, the tokens of each split over two ranks."""
+def fsdp_step(mesh: DeviceMesh, groups: list[list[list[int]]], loss: str) -> dict[str, Tensor]:
+    """Gradients of one step with FSDP2 over all four ranks: two batches, the tokens of each split over two ranks.
+
+    The loss is computed from this rank's logits, or from all log-probabilities alike on both ranks of a batch.
+    """
     from hf_models import make_model
     from torch.distributed.fsdp import fully_shard
 
     from tree_attn import pack
-    from tree_attn.distributed.transformers import local_loss, model_inputs, register
+    from tree_attn.distributed.transformers import local_loss, log_probs, model_inputs, register
 
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     register(grid["cp"])
@@ -269,5 +361,35 @@ def fsdp_step(mesh: DeviceMesh, groups: list[list[list[int]]]) -> dict[str, Tens
     fully_shard(model, mesh=flat)
     batch = pack(groups[grid["dp"].get_local_rank()])
     logits = model(**model_inputs(batch, grid["cp"])).logits
-    (grid.size() * local_loss(batch, logits, grid["cp"])).backward()
+    if loss == "local":
+        part = local_loss(batch, logits, grid["cp"])
+    else:
+        part = -sum(x.sum() for x in log_probs(batch, logits, grid["cp"])) / grid["cp"].size()
+    (grid.size() * part).backward()
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def losses_of(mesh: DeviceMesh, sequences: list[list[int]], branch: str, logits: Tensor) -> dict[str, Any]:
+    """log_probs and local_loss from this rank's rows of ``logits``, with the gradients of both."""
+    from tree_attn import pack
+    from tree_attn.distributed import local_loss, log_probs
+
+    batch = pack(sequences, branch=branch)
+    mine = scatter_tokens(logits, batch.mask, mesh)
+    mine.requires_grad_(mine.is_floating_point())
+    found = log_probs(batch, mine[None], mesh)
+    alike = sum((x * (i + 1)).square().sum() for i, x in enumerate(found)) / mesh.size()
+    (grad_alike,) = torch.autograd.grad(alike, mine)
+    loss = local_loss(batch, mine, mesh)
+    (grad_loss,) = torch.autograd.grad(loss, mine)
+    # Each rank with its own sequences; a rank without one still takes part in the backward pass.
+    weights = [(i + 1) * (i % mesh.size() == mesh.get_local_rank()) for i in range(len(sequences))]
+    split = sum((x * weight).square().sum() for x, weight in zip(log_probs(batch, mine, mesh), weights, strict=True))
+    (grad_split,) = torch.autograd.grad(split, mine)
+    return {
+        "log_probs": [x.detach() for x in found],
+        "loss": loss.detach(),
+        "grad_alike": grad_alike,
+        "grad_loss": grad_loss,
+        "grad_split": grad_split,
+    }

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tree_attn import TreeMask
 from tree_attn.cli import cp_plan, main
 from tree_attn.cli.app import app
-from tree_attn.distributed._plan import traffic
+from tree_attn.distributed._schedule import schedule
 
 NODES = {"parents": [-1, *[0] * 40], "lengths": [200, *[100] * 40]}
 
@@ -35,7 +35,7 @@ def test_json_has_the_numbers_of_the_plan(nodes: Path) -> None:
     mask = TreeMask.from_nodes(NODES["parents"], NODES["lengths"])
     key = 8 * (128 + 128) * 2  # bytes of one token's keys and values
     assert plan["pairs"] == mask.visible_pairs()
-    assert plan["estimates"]["ring"]["bytes"] == int(traffic(mask, 4).sum()) * key
+    assert plan["estimates"]["ring"]["bytes"] == int(schedule(mask, 4).seen.sum()) * key
     assert plan["all_gather_bytes"] == 3 * mask.total * key
     pairs = [int((mask.depth[x].long() + 1).sum()) for x in mask.shard(4)]
     assert plan["estimates"]["ring"]["balance"] == pytest.approx(max(pairs) * 4 / sum(pairs))

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import forests
 import pytest
 import torch
-from distributed_ranks import Case, Ranks, bad_call, die, disagree, explained, largest_key_blocks, scatter_and_gather
+from distributed_ranks import (
+    Case,
+    Ranks,
+    absent,
+    bad_call,
+    die,
+    disagree,
+    explained,
+    largest_key_blocks,
+    scatter_and_gather,
+)
 
 from tree_attn.distributed import CostModel
 from tree_attn.distributed._ulysses import split_heads
@@ -31,6 +41,11 @@ class TestDisagreement:
             ("mask", "the mask's checksum is "),
             ("heads", "q's shape is (..., 4, 8) on ranks 0, 2, 3, (..., 8, 8) on rank 1"),
             ("dtype", "dtype is torch.float64 on ranks 0, 2, 3, torch.float32 on rank 1"),
+            ("size", "the mask's number of tokens is 15 on ranks 0, 2, 3, 16 on rank 1"),
+            ("value_dim", "v's shape is (..., 2, 8) on ranks 0, 2, 3, (..., 2, 4) on rank 1"),
+            ("softcap", "softcap is 0.0 on ranks 0, 2, 3, 2.0 on rank 1"),
+            ("sinks", "sinks is not given on ranks 0, 2, 3, given on rank 1"),
+            ("return_lse", "return_lse is False on ranks 0, 2, 3, True on rank 1"),
             ("window", "window is None on ranks 0, 2, 3, 3 on rank 1"),
             ("mode", "mode is "),
             ("gradient", "what needs a gradient is nothing on ranks 0, 2, 3, q on rank 1"),
@@ -92,13 +107,35 @@ class TestKilledRank:
         assert all(isinstance(answer, RuntimeError) for answer in others)
 
 
+class TestAbsentRank:
+    @pytest.mark.parametrize(("mode", "what"), [("ring", "forward"), ("ulysses", "backward")])
+    def test_who_waits_for_it_gets_an_error_within_the_timeout(self, mode: str, what: str) -> None:
+        timeout = 10
+        ranks = Ranks(2, timeout=timeout)
+        try:
+            assert ranks.run(absent, mode, "nothing") == [None, None]
+            begin = time.perf_counter()
+            waiting, gone = ranks.run(absent, mode, what)
+            assert time.perf_counter() - begin < 2 * timeout
+        finally:
+            ranks.close()
+        assert gone is None
+        assert isinstance(waiting, RuntimeError)
+
+
 class TestMemoryAndTraffic:
     def test_no_rank_holds_all_keys(self, four: Ranks) -> None:
         case = Case(([-1, *[0] * 20], [40, *[30] * 20]))
         tokens = sum(case.forest[1])
-        for largest, arrived, own in four.run(largest_key_blocks, case):
+        for largest, arrived, _, own in four.run(largest_key_blocks, case):
             assert largest <= own <= 2 * tokens / 4
             assert arrived <= 0.6 * (tokens - own)  # of an all-gather
+
+    def test_who_owns_a_prompt_sends_it_to_two_of_three_ranks(self, four: Ranks) -> None:
+        case = Case(([-1, *[0] * 200], [300, *[20] * 200]))
+        measured = four.run(largest_key_blocks, case)
+        assert [arrived for _, arrived, _, _ in measured] == [0, 300, 300, 300]
+        assert [left for _, _, left, _ in measured] == [600, 0, 300, 0]
 
     def test_gather_undoes_scatter(self, four: Ranks) -> None:
         case = Case(forests.SHAPES["two levels across tiles"])

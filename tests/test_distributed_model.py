@@ -54,7 +54,8 @@ def test_loss_and_gradients_of_one_process(ranks: Ranks, model_type: str, mode: 
         assert_gradients(model, answer[1])
 
 
-def test_fsdp_on_a_mesh_of_two_dimensions() -> None:
+@pytest.mark.parametrize("loss", ["local", "log_probs"])
+def test_fsdp_on_a_mesh_of_two_dimensions(loss: str) -> None:
     register()
     groups = [SEQUENCES[:4], SEQUENCES[4:]]
     model = make_model("llama", "tree_attn").double()
@@ -62,7 +63,7 @@ def test_fsdp_on_a_mesh_of_two_dimensions() -> None:
         step(model, sequences)
     ranks = Ranks(4)
     try:
-        answers = ranks.run(fsdp_step, groups)
+        answers = ranks.run(fsdp_step, groups, loss)
     finally:
         ranks.close()
     for answer in answers:

@@ -1,8 +1,7 @@
-"""``mask.shard``: every token on one rank, equal work, few pieces, and what the plan says travels is what travels."""
+"""``mask.shard``: every token on one rank, equal work, few pieces."""
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import forests
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from tree_attn import TreeMask
-from tree_attn.distributed._plan import ring_plan, traffic
+from tree_attn.distributed._schedule import schedule
 from tree_attn.distributed._shard import pairs_of, pieces, shard
 
 
@@ -61,7 +60,7 @@ class TestShard:
     def test_trees_of_their_own_stay_whole(self) -> None:
         mask = TreeMask.from_nodes([p for i in range(0, 24, 3) for p in (-1, i, i)], [100, 50, 50] * 8)
         assert [x.tolist() for x in mask.shard(4)] == [list(range(400 * r, 400 * r + 400)) for r in range(4)]
-        assert int(traffic(mask, 4).sum()) == 0
+        assert schedule(mask, 4).waves == ()
 
     def test_kept_with_the_mask_and_forgotten_with_it(self) -> None:
         from tree_attn.distributed import _shard
@@ -82,43 +81,3 @@ class TestShard:
     def test_world_size_is_an_integer(self, world_size: object) -> None:
         with pytest.raises(TypeError, match="world_size is"):
             TreeMask.from_nodes([-1], [3]).shard(world_size)  # type: ignore[arg-type]
-
-
-class TestPlan:
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(forest=forests.forests())
-    def test_a_rank_gets_exactly_the_keys_that_its_rows_see(self, forest: forests.Forest) -> None:
-        mask = TreeMask.from_nodes(*forest)
-        dense = forests.dense(forests.token_parents(forest))
-        depth = mask.depth
-        near = depth[:, None] - depth < 7
-        for world_size, window in itertools.product((2, 5), (None, 7)):
-            seen = dense if window is None else dense & near
-            shards = mask.shard(world_size)
-            plans = [ring_plan(mask, world_size, r, window) for r in range(world_size)]
-            for r, plan in enumerate(plans):
-                for step in plan.steps:
-                    sent = next(s for s in plans[step.source].steps if s.target == r).sent
-                    keys = shards[step.source][sent]
-                    needed = seen[shards[r]][:, shards[step.source]].any(0)
-                    assert keys.tolist() == shards[step.source][needed].tolist()
-                    assert step.n_received == len(keys)
-                    rows = shards[r][step.rows]
-                    got = step.ranges.visible(torch.arange(len(rows)), torch.arange(len(keys)), window)
-                    assert torch.equal(got, seen[rows][:, keys])
-
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(forest=forests.forests())
-    def test_traffic_is_what_the_plans_send(self, forest: forests.Forest) -> None:
-        mask = TreeMask.from_nodes(*forest)
-        for world_size in (2, 5, 9):
-            sent = torch.zeros(world_size, world_size, dtype=torch.int64)
-            for r in range(world_size):
-                for step in ring_plan(mask, world_size, r).steps:
-                    sent[r, step.target] = len(step.sent)
-            assert torch.equal(traffic(mask, world_size), sent)
-
-    def test_siblings_never_cross_the_wire(self) -> None:
-        mask = TreeMask.from_nodes([-1, *[0] * 8], [100] * 9)
-        # Each rank needs at most the prompt and its own branch's beginning, never another branch.
-        assert int(traffic(mask, 4).sum(0).max()) <= 200

@@ -1,7 +1,8 @@
 """What each mode would take: a model of time and bytes from the mask and the heads alone, so every rank finds the same.
 
-    ring      sum over forward and backward of max(attention of the busiest rank, keys through the busiest link),
-              because keys travel while attention runs; backward sends keys again and their gradients back
+    ring      sum over forward and backward of max(attention of the busiest rank, exchange of the keys), because keys
+              travel while attention runs, but for a first wave that ranks wait for; a round of messages takes as long
+              as its busiest rank; backward sends keys again and their gradients back
     ulysses   attention of the rank with most heads, plus the exchanges, which nothing hides
 
 Attention is ``2 (head_dim + value_dim)`` floating-point operations a visible pair and head forward, and 2.5 times that
@@ -16,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from tree_attn.distributed._plan import traffic
-from tree_attn.distributed._shard import pairs_of, pieces
+from tree_attn.distributed._schedule import schedule
+from tree_attn.distributed._shard import once_per_mask, pairs_of, pieces
 from tree_attn.distributed._ulysses import split_heads
 from tree_attn.mask import TreeMask
 
@@ -124,7 +125,12 @@ class Explanation:
 
 
 def explain(mask: TreeMask, world_size: int, shapes: Shapes, mode: str, cost: CostModel) -> Explanation:
-    """Estimates of both modes; ``auto`` takes the one with fewer seconds, ring when they tie."""
+    """Estimates of both modes; ``auto`` takes the one with fewer seconds, ring when they tie. Kept with the mask."""
+    key = ("explained", world_size, shapes, mode, cost)
+    return once_per_mask(mask, key, lambda: _explain(mask, world_size, shapes, mode, cost))
+
+
+def _explain(mask: TreeMask, world_size: int, shapes: Shapes, mode: str, cost: CostModel) -> Explanation:
     pairs = pairs_of(mask, world_size)
     total = int(pairs.sum())
     flops = 2 * (shapes.head_dim + shapes.value_dim) * (1 + _BACKWARD) / (cost.tflops * 1e12)  # s a pair and head
@@ -155,17 +161,20 @@ def _ring(
     ideal: float,
     cost: CostModel,
 ) -> Estimate:
-    keys = traffic(mask, world_size)
-    busiest = int(keys.sum(0).maximum(keys.sum(1)).max()) * _key_bytes(shapes)
-    steps = int(((keys > 0).sum(0).maximum((keys > 0).sum(1))).max())
+    plan = schedule(mask, world_size)
+    busiest = int(plan.sent.maximum(plan.seen.sum(0)).max()) * _key_bytes(shapes)
+    waves = [
+        sum(rounds) * _key_bytes(shapes) / (cost.bandwidth * 1e9) + len(rounds) * cost.latency for rounds in plan.rounds
+    ]
+    waited = waves[0] if plan.joined else 0.0
     attention = int(pairs.max()) * shapes.heads * flops
-    wire = busiest / (cost.bandwidth * 1e9) + steps * cost.latency
+    hidden = sum(waves) - waited
     forward = attention / (1 + _BACKWARD)
     # Backward: keys again and gradients of as many, the other way; reckoned as if one waited for the other.
-    backwards = max(attention - forward, 2 * wire)
-    seconds = max(forward, wire) + backwards
+    backwards = max(attention - forward, 2 * hidden) + 2 * waited
+    seconds = max(forward, hidden) + waited + backwards
     balance = int(pairs.max()) * world_size / max(int(pairs.sum()), 1)
-    received = int(keys.sum()) * _key_bytes(shapes)
+    received = int(plan.seen.sum()) * _key_bytes(shapes)
     return Estimate(seconds, attention, balance, received, busiest, _ratio(ideal, seconds))
 
 

@@ -1,8 +1,8 @@
-"""Mode ``ring``: every rank keeps its rows; the keys and values that they see come by, one rank's at a time.
+"""Mode ``ring``: every rank keeps its rows; the keys and values that they see come by, a wave at a time.
 
 Forward: the parts are merged by their lse, ``out = sum_i exp(lse_i - lse) out_i``. Backward: keys travel again instead
 of being kept, and with the merged out and lse a backend's backward gives exactly the part's gradients; those of keys
-travel back to their owner. While a part is computed, the keys of the next one are on the way.
+travel back to their owner. While a part is computed, the keys of the next wave are on the way.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tree_attn._operator import _without_autocast
-from tree_attn.distributed._exchange import Transfer, send_and_receive
-from tree_attn.distributed._plan import RingPlan, Step
+from tree_attn.distributed._plan import RingPlan
+from tree_attn.distributed._waves import Gradients, Keys
 from tree_attn.registry import Backend, Options
 
 
@@ -65,24 +65,25 @@ def _forward(
     backend: Backend,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    keys = _Keys(k, v, plan, group)
-    coming = keys.start(0)
-    part, lse = backend.forward(q, k, v, None, plan.own, options)
-    out, lse = part.to(lse.dtype, copy=True), lse.contiguous()
-    for i, step in enumerate(plan.steps):
-        here, coming = coming, keys.start(i + 1)
-        block = keys.wait(here)
-        if block is None:
+    keys = Keys(k, v, plan, group)
+    out = lse = None
+    for part in plan.parts:
+        part_k, part_v = keys.of(part)
+        if part.ranges is None:
             continue
-        part, part_lse = backend.forward(q[step.rows], *block, None, step.ranges, options)
+        part_out, part_lse = backend.forward(q[part.rows], part_k, part_v, None, part.ranges, options)
+        if out is None or lse is None:  # the first part has every row
+            out, lse = part_out, part_lse.contiguous()
+            continue
+        out = out.to(lse.dtype)  # no copy from the third part on
         # Every row sees itself, so lse is finite; a row that sees nothing of this part has weight 0 in it.
-        before = lse[:, step.rows]
-        weight = torch.sigmoid(part_lse - before)
-        rows = out[step.rows]
-        rows += (part - rows) * weight.T[..., None]
-        lse[:, step.rows] = torch.logaddexp(before, part_lse)
+        before = lse[:, part.rows]
+        out[part.rows].lerp_(part_out.to(lse.dtype), torch.sigmoid(part_lse - before).T[..., None])
+        before.copy_(torch.logaddexp(before, part_lse))
+    assert out is not None
+    assert lse is not None
     if sinks is not None:
-        out *= _share(lse, sinks)
+        out = out * _share(lse, sinks)
     return out.to(q.dtype), lse
 
 
@@ -100,74 +101,40 @@ def _backward(
     backend: Backend,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    keys = _Keys(k, v, plan, group)
-    coming = keys.start(0)
+    keys = Keys(k, v, plan, group)
     grad_sinks = None
     if sinks is not None:
         share = _share(lse, sinks)
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         grad_sinks = -(delta * (1 - share[..., 0])).sum(0).to(sinks.dtype)
         grad_out = (grad_out * share).to(q.dtype)  # the gradient of softmax without a sink
-    grads = backend.backward(grad_out, grad_lse, q, k, v, None, out, lse, plan.own, options)
-    grad_q, grad_k, grad_v = (grad.to(lse.dtype, copy=True) for grad in grads[:3])
-
-    def add(step: Step, going_back: Transfer) -> None:
-        grad_kv = going_back.wait().to(lse.dtype)
-        grad_k.index_add_(0, step.sent, grad_kv[..., : k.shape[2]])
-        grad_v.index_add_(0, step.sent, grad_kv[..., k.shape[2] :])
-
-    last: tuple[Step, Transfer] | None = None
-    for i, step in enumerate(plan.steps):
-        here, coming = coming, keys.start(i + 1)
-        block = keys.wait(here)
-        part = k.new_empty(0, k.shape[1], k.shape[2] + v.shape[2])
-        if block is not None:
-            rows = step.rows
-            of_lse = None if grad_lse is None else grad_lse[:, rows].contiguous()
+    grad_q = None
+    gradients = Gradients(k, v, plan, group)
+    for part in plan.parts:
+        part_k, part_v = keys.of(part)
+        part_kv: list[Tensor] = [part_k[:0], part_v[:0]]
+        if part.ranges is not None:
+            rows = part.rows
             part_q, *part_kv, _ = backend.backward(
                 grad_out[rows],
-                of_lse,
+                None if grad_lse is None else grad_lse[:, rows].contiguous(),
                 q[rows],
-                *block,
+                part_k,
+                part_v,
                 None,
                 out[rows],
                 lse[:, rows].contiguous(),
-                step.ranges,
+                part.ranges,
                 options,
             )
-            grad_q[rows] += part_q
-            part = torch.cat(part_kv, -1)
-        shape = len(step.sent), k.shape[1], k.shape[2] + v.shape[2]
-        going_back = send_and_receive(group, part, step.source, shape, step.target)
-        if last is not None:
-            add(*last)
-        last = step, going_back
-    if last is not None:
-        add(*last)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks
-
-
-class _Keys:
-    """Brings the keys and values of each step, side by side in one message."""
-
-    def __init__(self, k: Tensor, v: Tensor, plan: RingPlan, group: dist.ProcessGroup) -> None:
-        self.k, self.v, self.steps, self.group = k, v, plan.steps, group
-
-    def start(self, i: int) -> Transfer | None:
-        """Begin step i; None when there is none."""
-        if i >= len(self.steps):
-            return None
-        step = self.steps[i]
-        sent = torch.cat([self.k[step.sent], self.v[step.sent]], -1)
-        return send_and_receive(self.group, sent, step.target, (step.n_received, *sent.shape[1:]), step.source)
-
-    def wait(self, transfer: Transfer | None) -> tuple[Tensor, Tensor] | None:
-        """Keys and values that arrived; None when this rank sees none of them."""
-        received = transfer.wait() if transfer is not None else None
-        if received is None or not len(received):
-            return None
-        k, v = received.split([self.k.shape[2], self.v.shape[2]], -1)
-        return k, v
+            if grad_q is None:  # the first part has every row
+                grad_q = part_q
+            else:
+                grad_q = grad_q.to(lse.dtype)  # no copy from the third part on
+                grad_q[rows] += part_q
+        gradients.take(part, *part_kv)
+    assert grad_q is not None
+    return grad_q.to(q.dtype), *gradients.finish(), grad_sinks
 
 
 def _share(lse: Tensor, sinks: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tree_attn._operator import attend
 from tree_attn.distributed._exchange import all_to_all
+from tree_attn.distributed._shard import once_per_mask, pieces
 from tree_attn.mask import TreeMask
 from tree_attn.registry import Options
 
@@ -53,6 +55,37 @@ def split_heads(heads: int, kv_heads: int, world_size: int) -> list[Heads]:
     return result
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens each rank has, and where they lie when ranks' tokens stand one rank after the other.
+
+    Attributes:
+        counts: tokens of each rank.
+        order: int64 ``(tokens,)``, the packed position of each token in order of ranks; None when that is the packed
+            order itself, as it is when every rank has one piece: then nothing has to be moved.
+        back: its inverse.
+    """
+
+    counts: tuple[int, ...]
+    order: Tensor | None
+    back: Tensor | None
+
+
+def tokens_of_ranks(mask: TreeMask, world_size: int) -> Tokens:
+    """Made at the first call, kept with the mask."""
+
+    def make() -> Tokens:
+        positions = mask.shard(world_size)
+        counts = tuple(map(len, positions))
+        ends = [0, *chain.from_iterable(chain.from_iterable(pieces(mask, world_size)))]
+        if all(a <= b for a, b in pairwise(ends)):
+            return Tokens(counts, None, None)
+        order = torch.cat(positions)
+        return Tokens(counts, order, torch.argsort(order))
+
+    return once_per_mask(mask, ("tokens of ranks", world_size), make)
+
+
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
@@ -68,10 +101,10 @@ def ulysses_attention(
     rank, world_size = group.rank(), group.size()
     split = split_heads(q.shape[1], k.shape[1], world_size)
     mine = split[rank]
-    positions = mask.shard(world_size)
+    tokens = tokens_of_ranks(mask, world_size)
     q_heads = [(h.begin, h.end) for h in split]
     kv_heads = [(h.kv_begin, h.kv_end) for h in split]
-    full_q, full_k, full_v = _ToHeads.apply(positions, (q_heads, kv_heads, kv_heads), group, q, k, v)
+    full_q, full_k, full_v = _ToHeads.apply(tokens, (q_heads, kv_heads, kv_heads), group, q, k, v)
     if mine.begin == mine.end:  # no head for this rank: empty, but with a gradient, because the others wait for it
         out = full_q.sum(-1, keepdim=True) + full_k.sum(-1, keepdim=True) + full_v
         out = out if sinks is None else out + sinks[:0].sum().to(out.dtype)
@@ -83,8 +116,8 @@ def ulysses_attention(
         local_sinks = None if sinks is None else sinks[mine.begin : mine.end]
         out, lse = attend(full_q, full_k, full_v, local_sinks, mask.ranges(), options, backend)
     if not with_lse:
-        return _ToTokens.apply(positions, q_heads, group, out)[0]
-    out, lse = _ToTokens.apply(positions, q_heads, group, out, lse.T[..., None])
+        return _ToTokens.apply(tokens, q_heads, group, out)[0]
+    out, lse = _ToTokens.apply(tokens, q_heads, group, out, lse.T[..., None])
     return out, lse[..., 0].T
 
 
@@ -92,69 +125,87 @@ Ranges = list[tuple[int, int]]  # for each rank the heads [begin, end) that it t
 
 
 class _ToHeads(torch.autograd.Function):
-    """``(my tokens, heads, dim) -> (tokens, my heads, dim)``, tensors of one dtype in one exchange.
+    """``(my tokens, heads, dim) -> (tokens, my heads, dim)``, an exchange for each tensor, all under way at once.
 
     In the backward pass, heads that several ranks hold are summed.
     """
 
     @staticmethod
-    def forward(ctx, positions, heads, group, *tensors):  # type: ignore[no-untyped-def]
-        ctx.positions, ctx.heads, ctx.totals, ctx.group = positions, heads, [x.shape[1] for x in tensors], group
-        return _to_heads(positions, heads, group, tensors)
+    def forward(ctx, tokens, heads, group, *tensors):  # type: ignore[no-untyped-def]
+        ctx.tokens, ctx.heads, ctx.totals, ctx.group = tokens, heads, [x.shape[1] for x in tensors], group
+        return _to_heads(tokens, heads, group, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        return None, None, None, *_to_tokens(ctx.positions, ctx.heads, ctx.totals, ctx.group, grads)
+        return None, None, None, *_to_tokens(ctx.tokens, ctx.heads, ctx.totals, ctx.group, grads)
 
 
 class _ToTokens(torch.autograd.Function):
-    """``(tokens, my heads, dim) -> (my tokens, heads, dim)``, one exchange for each tensor: dtypes differ.
+    """``(tokens, my heads, dim) -> (my tokens, heads, dim)``, an exchange for each tensor, all under way at once.
 
     One function for all of them, so that every rank takes part in every exchange whatever its loss is made of.
     """
 
     @staticmethod
-    def forward(ctx, positions, heads, group, *tensors):  # type: ignore[no-untyped-def]
-        ctx.positions, ctx.heads, ctx.group = positions, (heads,), group
-        total = (heads[-1][1],)
-        return tuple(_to_tokens(positions, (heads,), total, group, (x,))[0] for x in tensors)
+    def forward(ctx, tokens, heads, group, *tensors):  # type: ignore[no-untyped-def]
+        ctx.tokens, ctx.heads, ctx.group = tokens, heads, group
+        n = len(tensors)
+        return _to_tokens(tokens, (heads,) * n, (heads[-1][1],) * n, group, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        return None, None, None, *(_to_heads(ctx.positions, ctx.heads, ctx.group, (grad,))[0] for grad in grads)
+        return None, None, None, *_to_heads(ctx.tokens, (ctx.heads,) * len(grads), ctx.group, grads)
+
+
+# A tensor crosses memory once on either side of the wire: the sender copies each rank's heads to its place in the
+# message, and what arrives in the order of ranks is the whole tensor, moved only where packed order is another one.
 
 
 def _to_heads(
-    positions: Sequence[Tensor], heads: Sequence[Ranges], group: dist.ProcessGroup, tensors: Sequence[Tensor]
+    tokens: Tokens, heads: Sequence[Ranges], group: dist.ProcessGroup, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    world, rank = range(group.size()), group.rank()
-    sends = [torch.cat([x[:, slice(*h[r])].reshape(-1) for x, h in zip(tensors, heads, strict=True)]) for r in world]
-    mine = [(h[rank][1] - h[rank][0], x.shape[2]) for x, h in zip(tensors, heads, strict=True)]
-    sizes = [len(positions[r]) * sum(n * dim for n, dim in mine) for r in world]
-    full = tuple(x.new_empty(sum(map(len, positions)), *shape) for x, shape in zip(tensors, mine, strict=True))
-    for where, received in zip(positions, all_to_all(group, sends, sizes), strict=True):
-        parts = received.split([len(where) * n * dim for n, dim in mine])
-        for x, part in zip(full, parts, strict=True):
-            x[where] = part.view(len(where), *x.shape[1:])
-    return full
+    rank, total = group.rank(), sum(tokens.counts)
+    started, shapes = [], []
+    for x, of_rank in zip(tensors, heads, strict=True):
+        n, _, dim = x.shape
+        sizes = [n * (end - begin) * dim for begin, end in of_rank]
+        message = x.new_empty(sum(sizes))
+        for (begin, end), part in zip(of_rank, message.split(sizes), strict=True):
+            part.view(n, end - begin, dim).copy_(x[:, begin:end])
+        mine = of_rank[rank][1] - of_rank[rank][0]
+        started.append(all_to_all(group, message, sizes, [count * mine * dim for count in tokens.counts]))
+        shapes.append((total, mine, dim))
+    arrived = [transfer.wait()[0].view(shape) for transfer, shape in zip(started, shapes, strict=True)]
+    return tuple(x if tokens.back is None else x.index_select(0, tokens.back) for x in arrived)
 
 
 def _to_tokens(
-    positions: Sequence[Tensor],
+    tokens: Tokens,
     heads: Sequence[Ranges],
     totals: Sequence[int],
     group: dist.ProcessGroup,
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    world, n = range(group.size()), len(positions[group.rank()])
-    sends = [torch.cat([x[positions[r]].reshape(-1) for x in tensors]) for r in world]
-    shapes = [[(n, h[r][1] - h[r][0], x.shape[2]) for x, h in zip(tensors, heads, strict=True)] for r in world]
-    sizes = [[a * b * c for a, b, c in of_rank] for of_rank in shapes]
-    accumulator = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    sums = [x.new_zeros(n, total, x.shape[2], dtype=accumulator) for x, total in zip(tensors, totals, strict=True)]
-    for r, received in enumerate(all_to_all(group, sends, [sum(s) for s in sizes])):
-        for total, h, part, shape in zip(sums, heads, received.split(sizes[r]), shapes[r], strict=True):
-            total[:, slice(*h[r])] += part.view(shape)
-    return tuple(total.to(x.dtype) for total, x in zip(sums, tensors, strict=True))
+    n = tokens.counts[group.rank()]
+    started, shapes = [], []
+    for x, of_rank in zip(tensors, heads, strict=True):
+        _, mine, dim = x.shape
+        message = x.contiguous() if tokens.order is None else x.index_select(0, tokens.order)
+        shapes.append([(n, end - begin, dim) for begin, end in of_rank])
+        sizes = [count * mine * dim for count in tokens.counts]
+        started.append(all_to_all(group, message.view(-1), sizes, [a * b * c for a, b, c in shapes[-1]]))
+    results = []
+    for x, of_rank, of_shape, total, transfer in zip(tensors, heads, shapes, totals, started, strict=True):
+        received = transfer.wait()[0].split([a * b * c for a, b, c in of_shape])
+        shared = sum(end - begin for begin, end in of_rank) > total  # heads of several ranks: summed in full precision
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        result = x.new_zeros(n, total, x.shape[2], dtype=wide) if shared else x.new_empty(n, total, x.shape[2])
+        for (begin, end), part, shape in zip(of_rank, received, of_shape, strict=True):
+            if shared:
+                result[:, begin:end] += part.view(shape)
+            else:
+                result[:, begin:end] = part.view(shape)
+        results.append(result.to(x.dtype))
+    return tuple(results)

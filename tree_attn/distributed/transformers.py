@@ -8,24 +8,26 @@
 >>> (mesh.size() * local_loss(batch, logits, mesh["cp"])).backward()  # FSDP takes the mean over ranks
 
 Only attention mixes tokens, so every other layer runs on a rank's own. Each ``dp`` rank has its own batch, which its
-``cp`` ranks share.
+``cp`` ranks share. For a loss made of ``log_probs``, which all ``cp`` ranks compute alike, the last line is
+``(mesh.size() * loss / mesh["cp"].size()).backward()``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tree_attn._logprobs import next_token_log_probs
 from tree_attn.distributed._attention import Mode, tree_attention_cp
 from tree_attn.distributed._cost import CostModel
+from tree_attn.distributed._losses import local_loss, log_probs
 from tree_attn.distributed._tokens import group_of, scatter_tokens
 from tree_attn.mask import TreeMask
 from tree_attn.packing import PackedBatch
+
+__all__ = ["NAME", "local_loss", "log_probs", "model_inputs", "register"]
 
 NAME = "tree_attn_cp"
 
@@ -56,29 +58,6 @@ def model_inputs(batch: PackedBatch, mesh: DeviceMesh) -> dict[str, Any]:
         "tree_mask": batch.mask,
         "use_cache": False,
     }
-
-
-def local_loss(batch: PackedBatch, logits: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of ``batch.loss``; the parts of all ranks add up to it. No communication.
-
-    Args:
-        batch: the whole batch.
-        logits: ``(tokens, vocab)`` or ``(1, tokens, vocab)`` of this rank.
-
-    Raises:
-        ValueError: logits of another number of tokens.
-    """
-    group = group_of(mesh)
-    mine = batch.mask.shard(group.size())[group.rank()]
-    logits = logits[0] if logits.dim() == 3 and logits.shape[0] == 1 else logits
-    if logits.dim() != 2 or logits.shape[0] != len(mine):
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; give ({len(mine)}, vocab), this rank's tokens")
-    local_row = torch.full((batch.num_tokens,), -1, dtype=torch.int64, device=batch.device)
-    local_row[mine] = torch.arange(len(mine), device=batch.device)
-    rows = local_row[batch.logit_index]
-    here = rows >= 0
-    log_probs = next_token_log_probs(logits, rows[here], batch.labels[here])
-    return -(log_probs * batch.loss_weights[here]).sum()
 
 
 def _attention(
