@@ -56,7 +56,7 @@ def assert_same(results: list[Result], case: Case, expected: Result | None = Non
         if i < 5:  # of tokens
             got = torch.empty_like(whole)
             for where, result in zip(shards, results, strict=True):
-                got[where] = result[i]
+                got[where] = result[i].to(whole.dtype)
         else:  # of sinks: each rank has a part
             got = sum(result[i].double() for result in results)
         forests.assert_close(got, whole, TOLERANCE[case.dtype])

@@ -329,6 +329,29 @@ def test_arrays_first_used_in_inference_mode_train_afterwards():
 
 
 @pytest.mark.gpu
+@every_architecture
+def test_the_kernels_make_a_model_as_exact_as_its_paths(model_type):
+    changes = {"num_experts_per_tok": 4} if model_type == "gpt_oss" else {}
+    eager = make_model(model_type, head_dim=64, **changes).bfloat16()
+    exact = with_attention(eager, "eager").double()
+    results = []
+    for model in (exact, eager):
+        logits = run_paths(model)
+        results.append({"logits": torch.cat(logits), **gradients(model, path_loss(logits))})
+    batch = pack(SEQUENCES).to("cuda")
+    tree = with_attention(eager, "tree_attn").to("cuda")
+    logits = tree(**model_inputs(batch)).logits
+    results.append({"logits": paths_of(batch, logits).cpu(), **gradients(tree, batch.loss(logits))})
+    truth, alone, packed = results
+    logs = [
+        math.log(relative_error(packed[name].cpu(), value) / relative_error(alone[name], value))
+        for name, value in truth.items()
+    ]
+    # One model: rounding errors of a gradient vary by a factor of two, their mean over thirty gradients by far less.
+    assert math.exp(sum(logs) / len(logs)) < 1.5
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", ["mask", "arrays", "offsets"])
 def test_only_the_first_layer_synchronises(way):
     batch = pack(SEQUENCES).to("cuda")
