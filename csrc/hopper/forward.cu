@@ -18,8 +18,8 @@ cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
 
   CUtensorMap q_map, k_map, v_map;
   if (!make_map<T>(&q_map, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
-      !make_map<T>(&k_map, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kKeys) ||
-      !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
+      !make_map<T>(&k_map, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kBlockKeys) ||
+      !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kBlockKeys))
     return cudaErrorInvalidValue;
 
   auto* kernel = forward_kernel<Tiles>;

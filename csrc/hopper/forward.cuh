@@ -1,7 +1,8 @@
 // Forward on Hopper: wgmma fed by TMA, one warp producing, two warpgroups of 64 packed rows consuming.
 //
-//   producer:  for each row tile taken from a counter: which key tiles are needed (ballots over their bounds);
-//              Q, and K and V of each, through a ring of kStages; with K of a partial tile, the rows that see its keys
+//   producer:  for each row tile taken from a counter: which blocks of 64 keys are needed (ballots over their bounds);
+//              Q, and K and V of any two such blocks as one tile, through a ring of kStages; with K of a partial tile, the
+//              rows that see its keys
 //   consumer:  S(next) = Q K^T issued; O += P V issued; while these run, softmax of S(next); then O is rescaled
 //
 // The two consumers take turns (named barriers): one does its softmax while the other's products run.
@@ -23,6 +24,7 @@ struct ForwardTiles {
   static constexpr int kQBytes = kRows * kDim * 2, kOBytes = kRows * kValueDim * 2;
   static constexpr int kKBytes = kKeys * kDim * 2, kVBytes = kKeys * kValueDim * 2;
   static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;  // 64 columns of a tile
+  static constexpr int kBlockKeys = kKeys / 2;
 
   struct Smem {
     alignas(1024) char q[kQBytes];
@@ -31,8 +33,8 @@ struct ForwardTiles {
     char o[kOBytes];
     int2 seen_by[kStages][kKeys];  // of a partial tile: the rows [x, y) that see each key
     uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    int row_tile;           // of the Q tile: index of the item, or past the last
-    int key_tile[kStages];  // of the K tile: index * 4 + kPartial + kLast, or -1 for an item without any
+    int row_tile;            // of the Q tile: index of the item, or past the last
+    int4 key_tile[kStages];  // first keys of its two blocks; kPartial + kLast, or -1 for an item without any
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -65,6 +67,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
   const Forward& call = args.call;
   const Sizes& sizes = call.sizes;
   const int lane = threadIdx.x % kWarp;
+  constexpr int kBlock = Tiles::kBlockKeys;
   const auto at = [](auto& x) { return smem_address(&x); };
   int stage = 0, parity = 1, q_parity = 1;  // a fresh barrier counts as one whose phase before has completed
 
@@ -95,24 +98,31 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
       return;
     }
 
-    // Q goes behind the first K, which need not wait for the consumers to finish the item before.
+    // Q goes behind the first K, which need not wait for the consumers to finish the item before. `flags` of -1: no keys.
+    // A tile of one block has the block twice, the second time hidden.
     bool q_sent = false;
-    const auto send = [&](int message) {
-      const int k0 = (message >> 2) * Tiles::kKeys;
+    const auto send = [&](int2 blocks, int flags) {
+      const bool single = blocks.y < 0;
+      const int2 keys{blocks.x * kBlock, (single ? blocks.x : blocks.y) * kBlock};
+      const auto load = [&](uint32_t to, const CUtensorMap* map, uint64_t& full, int slabs) {
+        for (int slab = 0; slab < slabs; ++slab) {
+          tma_load(to + slab * Tiles::kKSlab, map, at(full), slab * 64, rows.kv_head, keys.x);
+          tma_load(to + slab * Tiles::kKSlab + kBlock * 128, map, at(full), slab * 64, rows.kv_head, keys.y);
+        }
+      };
       barrier_wait(at(smem.k_empty[stage]), parity);
       if (lane == 0) {
-        smem.key_tile[stage] = message;
-        barrier_arrive_expect(at(smem.k_full[stage]), message < 0 ? 0 : Tiles::kKBytes);
-        if (message >= 0)
-#pragma unroll
-          for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
-            tma_load(at(smem.k[stage]) + slab * Tiles::kKSlab, k_map, at(smem.k_full[stage]), slab * 64, rows.kv_head, k0);
+        smem.key_tile[stage] = {keys.x, keys.y, flags, 0};
+        barrier_arrive_expect(at(smem.k_full[stage]), flags < 0 ? 0 : Tiles::kKBytes);
+        if (flags >= 0) load(at(smem.k[stage]), k_map, smem.k_full[stage], Tiles::kDim / 64);
       }
-      if (message >= 0 && (message & kPartial)) {
+      if (flags >= 0 && (flags & kPartial)) {
 #pragma unroll
         for (int i = 0; i < Tiles::kKeys / kWarp; ++i) {
-          const int key = k0 + i * kWarp + lane;
-          smem.seen_by[stage][i * kWarp + lane] = key < sizes.keys ? rows_of_key(call.mask, key) : int2{0, 0};
+          const bool second = i * kWarp >= kBlock;
+          const int key = (second ? keys.y - kBlock : keys.x) + i * kWarp + lane;
+          const bool hidden = key >= sizes.keys || (second && single);
+          smem.seen_by[stage][i * kWarp + lane] = hidden ? int2{0, 0} : rows_of_key(call.mask, key);
         }
       }
       __syncwarp();
@@ -120,30 +130,28 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
       if (!q_sent) send_q(), q_sent = true;
       if (lane == 0) {
         barrier_wait(at(smem.v_empty[stage]), parity);
-        barrier_arrive_expect(at(smem.v_full[stage]), message < 0 ? 0 : Tiles::kVBytes);
-        if (message >= 0)
-#pragma unroll
-          for (int slab = 0; slab < Tiles::kValueDim / 64; ++slab)
-            tma_load(at(smem.v[stage]) + slab * Tiles::kKSlab, v_map, at(smem.v_full[stage]), slab * 64, rows.kv_head, k0);
+        barrier_arrive_expect(at(smem.v_full[stage]), flags < 0 ? 0 : Tiles::kVBytes);
+        if (flags >= 0) load(at(smem.v[stage]), v_map, smem.v_full[stage], Tiles::kValueDim / 64);
       }
       if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
     };
 
     const RowSpan span = row_span(call.mask, rows.first_token, min(rows.first_token + args.tile_tokens, sizes.rows));
     const int keys = call.mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
-    const int tiles = (keys + Tiles::kKeys - 1) / Tiles::kKeys;
-    constexpr int kWords = 4;  // of 32 tiles, classified at once
-    int held = -1;             // the message before goes out when it is known whether it is the last
-    for (int base = 0; base < tiles; base += kWords * kWarp) {
+    const int blocks = (keys + kBlock - 1) / kBlock;
+    constexpr int kWords = 4;  // of 32 blocks, classified at once
+    int2 held{-1, -1};         // the next tile goes out when it is known whether it is the last
+    int held_flags = 0;
+    for (int base = 0; base < blocks; base += kWords * kWarp) {
       uint32_t needed[kWords], full[kWords];
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        const int tile = base + w * kWarp + lane, k0 = tile * Tiles::kKeys;
+        const int block = base + w * kWarp + lane, k0 = block * kBlock;
         bool is_needed = false, is_full = false;
-        if (tile < tiles) {
-          const KeySpan key_span = KeySpan::load<Tiles::kKeys>(call.mask, k0, sizes.keys);
+        if (block < blocks) {
+          const KeySpan key_span = KeySpan::load<kBlock>(call.mask, k0, sizes.keys);
           is_needed = key_span.needed(call.mask, span);
-          is_full = k0 + Tiles::kKeys <= sizes.keys && key_span.full(call.mask, span);
+          is_full = k0 + kBlock <= sizes.keys && key_span.full(call.mask, span);
         }
         needed[w] = __ballot_sync(~0u, is_needed);
         full[w] = __ballot_sync(~0u, is_full);
@@ -151,12 +159,20 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
 #pragma unroll
       for (int w = 0; w < kWords; ++w)
         for (uint32_t todo = needed[w]; todo; todo &= todo - 1) {
-          const int bit = __ffs(todo) - 1;
-          if (held >= 0) send(held);
-          held = (base + w * kWarp + bit) * 4 + ((full[w] >> bit & 1) ? 0 : kPartial);
+          const int bit = __ffs(todo) - 1, block = base + w * kWarp + bit;
+          const int partial = (full[w] >> bit & 1) ? 0 : kPartial;
+          if (held.x >= 0 && held.y < 0) {
+            held.y = block, held_flags |= partial;
+          } else {
+            if (held.x >= 0) send(held, held_flags);
+            held = {block, -1}, held_flags = partial;
+          }
         }
     }
-    send(held >= 0 ? held + kLast : -1);
+    if (held.x >= 0)
+      send(held, held_flags | kLast | (held.y < 0 ? kPartial : 0));
+    else
+      send({0, 0}, -1);
   }
 }
 
@@ -194,7 +210,7 @@ struct Softmax {
 // Scores of pairs that the mask hides become -inf. `seen_by` holds the rows that see each key of the tile.
 template <typename Tiles>
 __device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int2* seen_by,
-                                            const int (&tokens)[2], int k0, int n_keys) {
+                                            const int (&tokens)[2], int4 tile, int n_keys) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int n = 0; n < Tiles::kKeys / 8; ++n) {
@@ -210,7 +226,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], con
   for (int n = 0; n < Tiles::kKeys / 8; ++n)
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int key = k0 + n * 8 + (lane % 4) * 2 + c;
+      const int in_block = n * 8 % Tiles::kBlockKeys + (lane % 4) * 2 + c;
+      const int key = (n * 8 < Tiles::kBlockKeys ? tile.x : tile.y) + in_block;
       const int oldest = key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -288,13 +305,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
       }
       if (message & kPartial)
-        mask_scores<Tiles>(s, call.mask, smem.seen_by[stage], tokens, (message >> 2) * Tiles::kKeys, sizes.keys);
+        mask_scores<Tiles>(s, call.mask, smem.seen_by[stage], tokens, smem.key_tile[stage], sizes.keys);
       release(smem.k_empty[stage]);
       softmax.update(s, args.scaling.log2_scale, correction);
     };
 
     barrier_wait(at(smem.k_full[stage]), parity);
-    int message = smem.key_tile[stage];
+    int message = smem.key_tile[stage].z;
     if (message >= 0) {
       take_turn();
       issue_scores(stage);
@@ -308,7 +325,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
         const int before = stage, before_parity = parity;
         advance();
         barrier_wait(at(smem.k_full[stage]), parity);
-        message = smem.key_tile[stage];
+        message = smem.key_tile[stage].z;
         take_turn();
         issue_scores(stage);
         barrier_wait(at(smem.v_full[before]), before_parity);
