@@ -34,7 +34,7 @@ struct ForwardTiles {
     int2 seen_by[kStages][kKeys];  // of a partial tile: the rows [x, y) that see each key
     uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     int row_tile;            // of the Q tile: index of the item, or past the last
-    int4 key_tile[kStages];  // first keys of its two blocks; kPartial + kLast, or -1 for an item without any
+    int4 key_tile[kStages];  // first keys of its two blocks; flags as below, or -1 for an item without any
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -50,7 +50,8 @@ struct ForwardArguments {
   Scaling scaling;
 };
 
-constexpr int kPartial = 2, kLast = 1;
+constexpr int kPartial = 2, kLast = 1;  // kPartial: of the first block, 2 * kPartial: of the second
+constexpr int kAnyPartial = 3 * kPartial;
 
 struct RowTile {
   int kv_head, first_token;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
         barrier_arrive_expect(at(smem.k_full[stage]), flags < 0 ? 0 : Tiles::kKBytes);
         if (flags >= 0) load(at(smem.k[stage]), k_map, smem.k_full[stage], Tiles::kDim / 64);
       }
-      if (flags >= 0 && (flags & kPartial)) {
+      if (flags >= 0 && (flags & kAnyPartial)) {
 #pragma unroll
         for (int i = 0; i < Tiles::kKeys / kWarp; ++i) {
           const bool second = i * kWarp >= kBlock;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
           const int bit = __ffs(todo) - 1, block = base + w * kWarp + bit;
           const int partial = (full[w] >> bit & 1) ? 0 : kPartial;
           if (held.x >= 0 && held.y < 0) {
-            held.y = block, held_flags |= partial;
+            held.y = block, held_flags |= 2 * partial;
           } else {
             if (held.x >= 0) send(held, held_flags);
             held = {block, -1}, held_flags = partial;
@@ -170,7 +171,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, const CUte
         }
     }
     if (held.x >= 0)
-      send(held, held_flags | kLast | (held.y < 0 ? kPartial : 0));
+      send(held, held_flags | kLast | (held.y < 0 ? 2 * kPartial : 0));
     else
       send({0, 0}, -1);
   }
@@ -207,31 +208,33 @@ struct Softmax {
   }
 };
 
-// Scores of pairs that the mask hides become -inf. `seen_by` holds the rows that see each key of the tile.
-template <typename Tiles>
+// Scores of pairs that the mask hides become -inf, in one block of a tile. `seen_by` holds the rows that see each of its
+// keys, the first of which is `first_key`.
+template <typename Tiles, int kBlock>
 __device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int2* seen_by,
-                                            const int (&tokens)[2], int4 tile, int n_keys) {
+                                            const int (&tokens)[2], int first_key, int n_keys) {
+  constexpr int kColTiles = Tiles::kBlockKeys / 8;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int n = 0; n < Tiles::kKeys / 8; ++n) {
-    const int4 two = *reinterpret_cast<const int4*>(seen_by + n * 8 + (lane % 4) * 2);
+  for (int i = 0; i < kColTiles; ++i) {
+    float(&own)[4] = s[kBlock * kColTiles + i];
+    const int4 two = *reinterpret_cast<const int4*>(seen_by + i * 8 + (lane % 4) * 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (tokens[h] < two.x || tokens[h] >= two.y) s[n][2 * h] = negative_infinity();
-      if (tokens[h] < two.z || tokens[h] >= two.w) s[n][2 * h + 1] = negative_infinity();
+      if (tokens[h] < two.x || tokens[h] >= two.y) own[2 * h] = negative_infinity();
+      if (tokens[h] < two.z || tokens[h] >= two.w) own[2 * h + 1] = negative_infinity();
     }
   }
   if (mask.window == 0) return;
 #pragma unroll
-  for (int n = 0; n < Tiles::kKeys / 8; ++n)
+  for (int i = 0; i < kColTiles; ++i)
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int in_block = n * 8 % Tiles::kBlockKeys + (lane % 4) * 2 + c;
-      const int key = (n * 8 < Tiles::kBlockKeys ? tile.x : tile.y) + in_block;
+      const int key = first_key + i * 8 + (lane % 4) * 2 + c;
       const int oldest = key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (__ldg(mask.q_depth + tokens[h]) >= oldest) s[n][2 * h + c] = negative_infinity();
+        if (__ldg(mask.q_depth + tokens[h]) >= oldest) s[kBlock * kColTiles + i][2 * h + c] = negative_infinity();
     }
 }
 
@@ -305,7 +308,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
       }
       if (message & kPartial)
-        mask_scores<Tiles>(s, call.mask, smem.seen_by[stage], tokens, smem.key_tile[stage], sizes.keys);
+        mask_scores<Tiles, 0>(s, call.mask, smem.seen_by[stage], tokens, smem.key_tile[stage].x, sizes.keys);
+      if (message & 2 * kPartial)
+        mask_scores<Tiles, 1>(s, call.mask, smem.seen_by[stage] + Tiles::kBlockKeys, tokens, smem.key_tile[stage].y,
+                              sizes.keys);
       release(smem.k_empty[stage]);
       softmax.update(s, args.scaling.log2_scale, correction);
     };
