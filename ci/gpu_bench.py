@@ -152,6 +152,12 @@ def milliseconds(run: Callable[[], object], seconds: float = 0.3) -> float:
     return median(times)
 
 
+def ceiling() -> float:
+    """TFLOP/s of a product of 8192 x 8192 matrices, what no attention can exceed."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / 1e9 / milliseconds(lambda: a @ b)
+
+
 def error(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, out: Tensor) -> float:
     """Relative error of some rows against float64."""
     rows = torch.randint(mask.total, (8,), generator=torch.Generator().manual_seed(0)).cuda()
@@ -200,6 +206,8 @@ def main() -> None:
     given = parser.parse_args()
     heads = [int(n) for n in given.heads.split(",")]
     torch._functorch.config.donated_buffer = False  # flex: the same graph is run backward many times
+    matmul = ceiling()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix product {matmul:.0f} TFLOP/s", flush=True)
     rows = []
     for workload in given.workloads.split(","):
         for peer in given.peers.split(","):
@@ -217,7 +225,8 @@ def main() -> None:
             rows.append(row)
             torch.cuda.empty_cache()
     if given.json:
-        given.json.write_text(json.dumps({"heads": heads, "rows": rows}, indent=1))
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "matmul_tflops": matmul}
+        given.json.write_text(json.dumps({**machine, "heads": heads, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
