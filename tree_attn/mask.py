@@ -405,9 +405,7 @@ def _nesting(subtree_end: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
     return excess, shortest
 
 
-def _dfs_by_kernel(
-    start: Tensor, end: Tensor, offsets: Tensor | None, validate: bool
-) -> tuple[TreeMask, bool] | None:
+def _dfs_by_kernel(start: Tensor, end: Tensor, offsets: Tensor | None, validate: bool) -> tuple[TreeMask, bool] | None:
     """``(mask, do the arrays describe it)`` of :meth:`TreeMask.from_dfs` by the library of CUDA kernels, in two
     launches where the tensor operations take some thirty; None where it cannot run. Synchronises once, to validate."""
     n = start.shape[0]
