@@ -64,7 +64,8 @@ class BuildKernels(Command):
         try:
             if VARIANT:
                 row = wheel_row()  # each wheel keeps its objects apart
-                module.build(output, row["archs"], folder=ROOT / "build" / f"kernels-{row['cuda']}-{VARIANT}")
+                folder = ROOT / "build" / f"kernels-{row['cuda']}-{VARIANT}"
+                module.build(output, row["archs"], folder=folder, release=True)
             else:
                 module.build(output)
         except module.BuildError as error:

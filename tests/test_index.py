@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import http.server
 import json
 import re
 import subprocess
 import sys
-import threading
 import urllib.parse
 import zipfile
 
 import pytest
 
 pytest.importorskip("packaging")
+
+from wheel_builds import serve
 
 from wheels import index
 from wheels import matrix as matrices
@@ -51,21 +49,6 @@ def site(tmp_path):
     index.make(dist, tmp_path / "site", MATRIX)
     with serve(tmp_path / "site") as (url, requests):
         yield tmp_path / "site", url, requests
-
-
-@contextlib.contextmanager
-def serve(folder):
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *message):
-            requests.append(urllib.parse.unquote(self.path))
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", requests
-        server.shutdown()
 
 
 def pip(folder, *arguments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from pathlib import Path
 
@@ -108,12 +107,12 @@ def test_one_line_in_the_matrix_is_all_that_a_new_cuda_needs(tmp_path):
     assert "/cu140`" in matrix.table(grown)
 
 
-def test_table_in_the_docs_is_the_matrix(monkeypatch):
-    found = re.search(
-        r"<!-- wheels.matrix table -->\n(.*?)\n<!-- end -->", (ROOT / "docs/install.md").read_text(), re.S
-    )
-    assert found, "docs/install.md has no table of the matrix"
-    assert found[1] == matrix.table(matrix.load()), "run: python -m wheels.matrix table"
+@pytest.mark.parametrize("page", matrix.PAGES, ids=lambda page: page.name)
+def test_table_in_the_docs_is_the_matrix(page):
+    text = page.read_text()
+    assert text == matrix.with_table(text, matrix.load(), matrix.PAGES[page]), "run: python -m wheels.matrix tables"
+    with pytest.raises(ValueError, match="no table between"):
+        matrix.with_table("# A page\n", matrix.load(), slim=True)
 
 
 def write_wheel(folder, name, *files):

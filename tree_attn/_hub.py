@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VARIABLE = "TREE_ATTN_HUB"
+METADATA = "metadata.json"  # lies beside the library in a Hub kernel, in a wheel it does not
 _LIBRARY = "libtree_attn_cuda.so"
 
 
@@ -63,19 +64,17 @@ def find() -> HubLibrary | str | None:
         return str(error)
     try:
         kernels: Any = importlib.import_module("kernels")
-        constants: Any = importlib.import_module("huggingface_hub.constants")
+        hub: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
         return f"the Hub kernel {source} needs the package `kernels` (pip install 'tree-attn[hub]'): {error}"
+    offline = hub.constants.HF_HUB_OFFLINE
     try:
-        folder = Path(
-            kernels.install_kernel(
-                repository,
-                revision=revision,
-                trust_remote_code=trust,
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
+        folder = kernels.install_kernel(
+            repository, revision=revision, trust_remote_code=trust, local_files_only=offline
         )
-        return _checked(folder, source)
+        if not offline:  # a cache with one variant of several is incomplete, which counts as absent once offline
+            hub.snapshot_download(repository, repo_type="kernel", revision=revision)
+        return _checked(Path(folder), source)
     except Exception as error:  # of many kinds, of three packages; the text is the reason that explain() shows
         return f"the Hub kernel {source} cannot be had: {type(error).__name__}: {error}"
 
@@ -87,15 +86,24 @@ def _split(source: str) -> tuple[str, str]:
     return repository, revision
 
 
+def altered(folder: Path) -> str | None:
+    """What in ``folder`` is not as it was published, by the digests of its metadata; None when everything is."""
+    digest = json.loads((folder / METADATA).read_text())["digest"]
+    if digest["algorithm"] != "sha256" or _LIBRARY not in digest["files"]:
+        return f"its metadata has no sha256 digest of {_LIBRARY}"
+    for name, expected in digest["files"].items():
+        path = folder / name
+        found = base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode() if path.exists() else None
+        if found != expected:
+            return f"{name} is not the file that its digest was made of"
+    return None
+
+
 def _checked(folder: Path, source: str) -> HubLibrary | str:
     """The library in ``folder``, after a look at every digest of its metadata."""
     if not (folder / _LIBRARY).exists():
         return f"the Hub kernel {source} has no kernels for this machine, only {folder.name}"
-    metadata = json.loads((folder / "metadata.json").read_text())
-    for name, expected in metadata["digest"]["files"].items():
-        found = base64.b64encode(hashlib.sha256((folder / name).read_bytes()).digest()).decode()
-        if metadata["digest"]["algorithm"] != "sha256" or found != expected:
-            return f"the Hub kernel {source} is refused: {name} is not the file that its digest was made of"
-    if _LIBRARY not in metadata["digest"]["files"]:
-        return f"the Hub kernel {source} is refused: its metadata has no digest of {_LIBRARY}"
-    return HubLibrary(folder / _LIBRARY, metadata["id"])
+    refusal = altered(folder)
+    if refusal:
+        return f"the Hub kernel {source} is refused: {refusal}"
+    return HubLibrary(folder / _LIBRARY, json.loads((folder / METADATA).read_text())["id"])

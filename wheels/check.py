@@ -93,7 +93,7 @@ def _dynamic(library: Path) -> tuple[list[str], list[tuple[str, str, str]]]:
     from elftools.elf.elffile import ELFFile
 
     with library.open("rb") as file:
-        elf = ELFFile(file)
+        elf: Any = ELFFile(file)
         needed = [t.needed for t in elf.get_section_by_name(".dynamic").iter_tags() if t.entry.d_tag == "DT_NEEDED"]
         versions = {}
         for _, entries in elf.get_section_by_name(".gnu.version_r").iter_versions():

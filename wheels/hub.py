@@ -107,7 +107,7 @@ def _imported(text: str, package: Path, path: Path) -> list[Path]:
         if isinstance(node, ast.Import) and any(a.name.split(".")[0] == "tree_attn" for a in node.names):
             raise ValueError(f"{path} has `import tree_attn`, which cannot be made relative; import from it")
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "tree_attn":
-            base = Path(*node.module.split(".")[1:])
+            base = Path(*(node.module or "").split(".")[1:])
             for candidate in [base, *(base / alias.name for alias in node.names)]:
                 if (package / candidate).is_dir():
                     modules.append(candidate / "__init__.py")

@@ -52,7 +52,8 @@ def main() -> None:
     if toolkit != row["toolkit"]:
         raise SystemExit(f"error: the toolkit here is CUDA {toolkit}, {given.cuda} is built by CUDA {row['toolkit']}")
     name = namespace()
-    build.build(given.output, row["archs"], name, folder=ROOT / "build" / f"kernels-{given.cuda}-all")
+    folder = ROOT / "build" / f"kernels-{given.cuda}-all"
+    build.build(given.output, row["archs"], name, folder=folder, release=True)
     facts = {"namespace": name, "cuda": row["toolkit"], "archs": row["archs"], "machine": platform.machine()}
     given.output.with_name("build.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(given.output)

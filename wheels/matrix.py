@@ -3,7 +3,8 @@
     python -m wheels.matrix labels          one wheel label a line, "cu126", "cu126.sm80", ...
     python -m wheels.matrix github          the build matrix as JSON, for a workflow
     python -m wheels.matrix show cu130 all  the values of one build as shell assignments
-    python -m wheels.matrix table           the table of the README and docs/install.md
+    python -m wheels.matrix table           the table of docs/install.md
+    python -m wheels.matrix tables          write it there, and the shorter one of the README
 
 Needs the standard library alone (tomli on Python 3.10).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from typing import Any
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
+    import tomli as tomllib  # type: ignore[no-redef,unused-ignore]
 
 PATH = Path(__file__).with_name("matrix.toml")
-_COLUMNS = {
+# Pages with a table of this matrix, and whether it names the wheels for one generation of GPUs too.
+PAGES = {PATH.parent.parent / "README.md": False, PATH.parent.parent / "docs" / "install.md": True}
+BEGIN, END = "<!-- wheels.matrix table -->", "<!-- end -->"
+_COLUMNS: dict[str, dict[str, type]] = {
     "cuda": {"label": str, "toolkit": str, "driver": str, "driver_cuda": str, "published": bool},
     "platform": {"tag": str, "machine": str, "where": str, "runner": str},
     "variant": {"name": str, "archs": str, "serves": str},
@@ -93,14 +98,14 @@ def github(matrix: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def table(matrix: dict[str, Any]) -> str:
-    """For people, in Markdown: which command fits which machine."""
+def table(matrix: dict[str, Any], slim: bool = True) -> str:
+    """For people, in Markdown: which command fits which machine. ``slim``: also the wheels for one generation."""
     index = matrix["index_url"] or "$INDEX"
     pip = f"pip install {matrix['package']}"
     systems = " or ".join(sorted(row["machine"] for row in matrix["platform"]))
     lines = ["| NVIDIA driver | GPUs | command |", "|---|---|---|"]
     for row in reversed(matrix["cuda"]):
-        for variant in matrix["variant"] if row["published"] else []:
+        for variant in matrix["variant"][: None if slim else 1] if row["published"] else []:
             label = wheel_label(row["label"], variant["name"])
             lines.append(
                 f"| {row['driver']} or newer | {variant['serves']} | `{pip} --extra-index-url {index}/{label}` |"
@@ -109,10 +114,22 @@ def table(matrix: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str, matrix: dict[str, Any], slim: bool) -> str:
+    """``text``, a page in Markdown, with its table as the matrix has it now.
+
+    Raises:
+        ValueError: it has no table between the two comments that mark it.
+    """
+    found = re.search(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"no table between {BEGIN} and {END}")
+    return f"{text[: found.start()]}{BEGIN}\n{table(matrix, slim)}\n{END}\n{text[found.end() :]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("labels", "github", "table"):
+    for name in ("labels", "github", "table", "tables"):
         commands.add_parser(name)
     show = commands.add_parser("show")
     show.add_argument("cuda")
@@ -125,6 +142,9 @@ def main() -> None:
         print(json.dumps({"include": github(matrix)}))
     elif given.command == "table":
         print(table(matrix))
+    elif given.command == "tables":
+        for page, slim in PAGES.items():
+            page.write_text(with_table(page.read_text(), matrix, slim))
     else:
         try:
             row = build_row(matrix, given.cuda, given.variant)
