@@ -7,8 +7,8 @@
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers. For
 // dQ the dS' of both consumers meet in shared memory, two buffers in turn; each consumer computes 64 x 64 of dQ and adds
-// them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the next item come while one is
-// computed.
+// them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the next item come
+// while one is computed.
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -20,7 +20,6 @@ namespace tree_attn::hopper {
 using portable::Workspace;
 
 using BackwardArguments = portable::BackwardArgumentsOf<TiledRows>;
-
 
 template <typename T_, int kDim_>
 struct BackwardTiles {
