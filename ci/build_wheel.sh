@@ -39,7 +39,6 @@ fi
 variant=${2:-all}
 row=$("$python" -m wheels.matrix show "$cuda" "$variant")
 eval "$row" # cuda, label, toolkit, archs
-platform=manylinux_2_28_$(uname -m)
 here=$("$python" csrc/build.py --nvcc)
 if [ "${here%% *}" != "$toolkit" ]; then
     echo "$label is built by CUDA $toolkit; here is CUDA $here: point CUDA_HOME at CUDA $toolkit" >&2
@@ -49,13 +48,5 @@ fi
 export TREE_ATTN_CUDA=1 TREE_ATTN_WHEEL=$variant
 unset TREE_ATTN_CUDA_ARCHS
 "$python" -m build --no-isolation --wheel --outdir "$scratch/raw" .
-# Only a library whose symbols are all in $platform gets the tag; torch's libraries stay the user's own.
-"$python" -m auditwheel repair --plat "$platform" --only-plat --exclude 'libtorch*' --exclude 'libc10*' \
-    --wheel-dir "$scratch/wheel" "$scratch"/raw/*.whl
-"$python" -m wheels.check "$scratch"/wheel/*.whl
+PYTHON=$python HUB_DIST=$dist/hub ci/repair_wheel.sh "$scratch"/raw/*.whl "$scratch/wheel"
 mv "$scratch"/wheel/*.whl "$dist/"
-
-# The same objects under the namespace of the Hub kernel: only ops.cpp is compiled again. The slim ones are not for the Hub.
-if [ "$variant" = all ]; then
-    "$python" -m wheels.hub_library "$cuda" "$dist/hub/$cuda-$(uname -m)/libtree_attn_cuda.so"
-fi

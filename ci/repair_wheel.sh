@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The last step of a CUDA wheel, where it was built: gives it the platform tag that its symbols earn, checks it, and links
-# the library of the Hub kernel from the same objects. cibuildwheel calls it in the manylinux image.
+# the library of the Hub kernel from the same objects. ci/build_wheel.sh calls it, and cibuildwheel in the manylinux image.
 #
 #   ci/repair_wheel.sh WHEEL FOLDER      the repaired wheel goes to FOLDER
 #
@@ -20,6 +20,7 @@ PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$P
     --wheel-dir "$folder" "$wheel"
 "$python" -m wheels.check "$folder"/*.whl
 
+# The same objects under the namespace of the Hub kernel: only ops.cpp is compiled again. The slim ones are not for the Hub.
 if [ "${TREE_ATTN_WHEEL:?names the variant}" = all ] && [ -n "${HUB_DIST:-}" ]; then
     [[ $wheel =~ \+(cu[0-9]+)- ]] || { echo "$wheel has no CUDA label" >&2; exit 1; }
     cuda=${BASH_REMATCH[1]}

@@ -167,22 +167,9 @@ class TreeMask:
         _same_length("start_q", start, "end_k", end)
         if offsets is not None and offsets.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; it holds sequences + 1 offsets, from 0 to the number of tokens")
-        n = start.shape[0]
         made = _dfs_by_kernel(start, end, offsets, validate)
-        if made is not None:
-            if made[1]:
-                return made[0]
-            raise ValueError(_diagnose.dfs(start.tolist(), end.tolist(), None if offsets is None else offsets.tolist()))
-        sorted_start, query = start, end
-        low, high = torch.aminmax(start, dim=0, keepdim=True) if n else (start[:0], start[:0])
-        if n and offsets is not None and offsets.shape[0] > 2:
-            # Indices may restart in each sequence: shift every sequence past the largest index of those before.
-            index = torch.arange(n, dtype=offsets.dtype, device=start.device)
-            sequence = torch.searchsorted(offsets, index, right=True) - 1
-            shift = sequence * (high.long() - low + 2)
-            sorted_start, query = start + shift, end.maximum(low - 1).minimum(high) + shift
-        mask = cls._from_subtree_end(torch.searchsorted(sorted_start, query, right=True, out_int32=True))
-        if validate and not _is_dfs(mask, sorted_start, low, high, offsets):
+        mask, valid = _dfs_by_operations(start, end, offsets, validate) if made is None else made
+        if not valid:
             listed = None if offsets is None else offsets.tolist()
             raise ValueError(_diagnose.dfs(start.tolist(), end.tolist(), listed))
         return mask
@@ -429,6 +416,21 @@ def _dfs_by_kernel(start: Tensor, end: Tensor, offsets: Tensor | None, validate:
         scratch,
     )
     return mask, not validate or scratch[:3].tolist() == [0, 0, 0]
+
+
+def _dfs_by_operations(start: Tensor, end: Tensor, offsets: Tensor | None, validate: bool) -> tuple[TreeMask, bool]:
+    """The same by tensor operations, on any device and in traced graphs."""
+    n = start.shape[0]
+    sorted_start, query = start, end
+    low, high = torch.aminmax(start, dim=0, keepdim=True) if n else (start[:0], start[:0])
+    if n and offsets is not None and offsets.shape[0] > 2:
+        # Indices may restart in each sequence: shift every sequence past the largest index of those before.
+        index = torch.arange(n, dtype=offsets.dtype, device=start.device)
+        sequence = torch.searchsorted(offsets, index, right=True) - 1
+        shift = sequence * (high.long() - low + 2)
+        sorted_start, query = start + shift, end.maximum(low - 1).minimum(high) + shift
+    mask = TreeMask._from_subtree_end(torch.searchsorted(sorted_start, query, right=True, out_int32=True))
+    return mask, not validate or _is_dfs(mask, sorted_start, low, high, offsets)
 
 
 def _is_dfs(mask: TreeMask, start: Tensor, low: Tensor, high: Tensor, offsets: Tensor | None) -> bool:

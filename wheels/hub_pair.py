@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tree_attn.attention import tree_attention
-from tree_attn.integrations._arrays import END_K, START_Q, mask_from_arguments
+from tree_attn.integrations._arrays import END_K, START_Q, mask_from_keywords
 
 
 def supports_flash_attn() -> bool:
@@ -62,16 +62,7 @@ def flash_attn_forward(
         raise NotImplementedError(f"dropout is {dropout}; attention on trees has none, set attention_dropout to 0")
     if key.shape[2] != tokens:
         raise NotImplementedError(f"{tokens} tokens and {key.shape[2]} keys: a tree with a cache; pass use_cache=False")
-    mask = mask_from_arguments(
-        rows,
-        tokens,
-        query.device,
-        tree_mask=kwargs.get("tree_mask"),
-        start_q=kwargs.get(START_Q),
-        end_k=kwargs.get(END_K),
-        cu_seqlens_q=kwargs.get("cu_seq_lens_q"),
-        cu_seqlens_k=kwargs.get("cu_seq_lens_k"),
-    )
+    mask = mask_from_keywords(rows, tokens, query.device, kwargs)
     assert mask is not None
     q, k, v = (x.transpose(1, 2).reshape(rows * tokens, x.shape[1], x.shape[3]) for x in (query, key, value))
     out = tree_attention(q, k, v, mask, scale=scaling, softcap=softcap or 0.0, window=sliding_window, sinks=s_aux)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -118,6 +118,20 @@ def mask_from_arguments(
         return mask if mask.device == device else mask.to(device)
 
     return once(("dfs", rows, tokens, device), (start_q, end_k, cu_seqlens_q, cu_seqlens_k), build)
+
+
+def mask_from_keywords(rows: int, tokens: int, device: torch.device, keywords: Mapping[str, Any]) -> TreeMask | None:
+    """:func:`mask_from_arguments` of the keywords that transformers hands from the model call to every layer."""
+    return mask_from_arguments(
+        rows,
+        tokens,
+        device,
+        tree_mask=keywords.get("tree_mask"),
+        start_q=keywords.get(START_Q),
+        end_k=keywords.get(END_K),
+        cu_seqlens_q=keywords.get("cu_seq_lens_q"),
+        cu_seqlens_k=keywords.get("cu_seq_lens_k"),
+    )
 
 
 def _flat(name: str, indices: Tensor, rows: int, tokens: int) -> Tensor:

@@ -28,9 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tree_attn.attention import tree_attention
 from tree_attn.integrations._arrays import (
-    END_K,
-    START_Q,
-    mask_from_arguments,
+    mask_from_keywords,
     mask_from_padding,
     mask_from_segments,
     once,
@@ -117,16 +115,7 @@ def attention_forward(
             'call model.set_attn_implementation("sdpa") for it'
         )
     rows, _, tokens, _ = query.shape
-    mask = mask_from_arguments(
-        rows,
-        tokens,
-        query.device,
-        tree_mask=kwargs.get("tree_mask"),
-        start_q=kwargs.get(START_Q),
-        end_k=kwargs.get(END_K),
-        cu_seqlens_q=kwargs.get("cu_seq_lens_q"),
-        cu_seqlens_k=kwargs.get("cu_seq_lens_k"),
-    )
+    mask = mask_from_keywords(rows, tokens, query.device, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if mask is not None:
