@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tree_attn import TreeMask, explain, tree_attention
+from tree_attn.cli.workloads import rollout_tree, tree_mask
 from tree_attn.distributed import explain_cp, tree_attention_cp
 from tree_attn.distributed._exchange import exchange
 from tree_attn.distributed._plan import ring_plan
@@ -44,28 +44,6 @@ SPEED_UP, BYTES = 1.8, 0.6  # the bars, for two GPUs
 # A result differs from the whole run's by the rounding of bfloat16 in both, of out and of what is merged or sent.
 DIFFERENCE = 4 * 2**-8
 MODES = ("ring", "ulysses")
-
-
-def rollouts(seed: int, total: int, turn: tuple[int, int], branches: tuple[int, int], depth: int) -> TreeMask:
-    """A random rollout tree, depth-first: each turn down to ``depth`` has a number of branches in ``branches``."""
-    rng = random.Random(seed)
-    parents: list[int] = []
-    lengths: list[int] = []
-
-    def grow(parent: int, level: int) -> None:
-        left = total - sum(lengths)
-        if left <= 0:
-            return
-        me = len(parents)
-        parents.append(parent)
-        lengths.append(min(rng.randint(*turn), left))
-        if level < depth:
-            for _ in range(rng.randint(*branches)):
-                grow(me, level + 1)
-
-    while sum(lengths) < total:
-        grow(0 if parents else -1, 1 if parents else 0)
-    return TreeMask.from_nodes(parents, lengths)
 
 
 def seconds(run: Callable[[], object], device: torch.device, count: int = 7) -> float:
@@ -110,7 +88,7 @@ def one_rank(rank: int, world_size: int, store: str, given: argparse.Namespace) 
 def measure(mesh: DeviceMesh, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
     heads, kv_heads, dim = (int(n) for n in given.heads.split(","))
     rank, world_size = mesh.get_local_rank(), mesh.size()
-    mask = rollouts(17, given.tokens, (128, 2048), (2, 3), 12).to(device)
+    mask = tree_mask(rollout_tree(17, given.tokens, (128, 2048), (2, 3), 12)).to(device)
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(mask.total, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, grad = (torch.randn(*s, device=device, dtype=torch.bfloat16, generator=generator) for s in shapes)

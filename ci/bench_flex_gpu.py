@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch._functorch.config
-from gpu_bench import WORKLOADS, Nodes  # beside this file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from tree_attn import TreeMask, tree_attention
 from tree_attn._backends.flex import tile_lists
+from tree_attn.cli.workloads import WORKLOADS, Nodes, tree_mask
 
 
 def time(function: Callable[[], object]) -> float:
@@ -44,11 +44,10 @@ def forward_and_backward(attend: Callable[[], Tensor], leaves: list[Tensor]) -> 
 
 def measure(nodes: Nodes, heads: int, kv_heads: int, head_dim: int) -> Iterator[tuple[str, float, float]]:
     """For forward, backward, mask and lists: milliseconds of ours and of theirs."""
-    parents, lengths = map(list, zip(*nodes, strict=True))
-    mask = TreeMask.from_nodes(parents, lengths, device="cuda")
+    mask = tree_mask(nodes, "cuda")
     tokens = mask.total
     # The arrays that trees usually come as: depth-first index of each token's node, and the last one below it.
-    count = torch.tensor(lengths, device="cuda")
+    count = torch.tensor([n for _, n in nodes], device="cuda")
     start = torch.repeat_interleave(torch.arange(len(count), device="cuda", dtype=torch.int32), count)
     end = start[(mask.subtree_end - 1).long()]
     leaves = [

@@ -38,16 +38,16 @@ from typing import Any
 
 import torch
 import training_attention as attention
-from gpu_bench import WORKLOADS, Nodes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 import tree_attn
 from tree_attn import PackedBatch, TreeMask, pack
+from tree_attn.cli.workloads import WORKLOADS, Nodes
 
 ARMS = ("tree", "paths", "gather")
-# letter: (tree of ci/gpu_bench.py, what it is, times as fast as paths, share of the time that gather takes)
+# letter: (tree of tree_attn.cli.workloads, what it is, times as fast as paths, share of the time that gather takes)
 CASES = {
     "a": ("grpo4k_16x1k", "16 responses of 1024 on a prompt of 4096", 2.6, 1.0),
     "b": ("agent32k", "an agent's tree of 32 768 tokens", 3.0, 0.85),

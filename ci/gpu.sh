@@ -6,8 +6,9 @@
 #   PYTHON=python3.12 GPU_RESULTS=results ci/gpu.sh
 #
 # Results and logs go to $GPU_RESULTS (build/gpu), the summary to $GPU_RESULTS/gpu.json. A part that fails does not stop
-# the others; the exit status is 1 if any failed. SANITIZE_CASES (28) and SANITIZE_SEED (0) size the sanitizers' sweep,
-# TREE_ATTN_SWEEP_CASES (3000) and TREE_ATTN_SWEEP_SEED that of the tests, BENCH_ARGS goes to ci/gpu_bench.py.
+# the others; the exit status is 1 if any failed. SANITIZE_CASES (14) and SANITIZE_SEED (0) size the sanitizers' sweep of
+# each set of kernels, COMPUTE_SANITIZER names another compute-sanitizer than that on PATH. TREE_ATTN_SWEEP_CASES (3000)
+# and TREE_ATTN_SWEEP_SEED size that of the tests, BENCH_ARGS goes to ci/gpu_bench.py.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -34,29 +35,37 @@ tests() {
     part tests "$python" -m pytest tests/gpu -m gpu -rs --durations=10 --junitxml="$results/tests.xml" ${PYTEST_ARGS:-}
 }
 
-sanitize() {
-  local tool options
-  if ! command -v compute-sanitizer > /dev/null; then
-    echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit" | tee "$results/memcheck.log"
-    echo 127 > "$results/memcheck.status"
-    failed+=(memcheck)
+sanitize() { # each set of kernels by itself, under each tool
+  local sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer} paths path tool options
+  if ! command -v "$sanitizer" > /dev/null; then
+    echo "there is no $sanitizer; it comes with the CUDA toolkit, and as nvidia-cuda-sanitizer-api from PyPI"
+    failed+=(sanitize)
     return
   fi
-  for tool in memcheck racecheck; do
-    options=()
-    # A warp's reads are over when one of its lanes, behind __syncwarp, arrives at a barrier. Without this option racecheck
-    # counts the reads of the arriving lane alone, and takes those of the others for races with the next write.
-    if [ "$tool" = racecheck ] && compute-sanitizer --help | grep -q racecheck-indirect-barrier-dependency; then
-      options=(--racecheck-indirect-barrier-dependency yes)
-    fi
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 \
-      "$python" ci/sanitize_cases.py "${SANITIZE_CASES:-28}" "${SANITIZE_SEED:-0}"
+  if ! paths=$("$python" ci/sanitize_cases.py --list); then
+    echo "no set of kernels can run here, see \`tree-attn doctor\`"
+    failed+=(sanitize)
+    return
+  fi
+  for path in $paths; do
+    for tool in memcheck racecheck; do
+      options=()
+      # A warp's reads are over when one of its lanes, behind __syncwarp, arrives at a barrier. Sanitizers of CUDA 12.3
+      # to 12.6 count the reads of the arriving lane alone unless told, and take those of the others for races with the
+      # next write.
+      if [ "$tool" = racecheck ] && "$sanitizer" --help | grep -q racecheck-indirect-barrier-dependency; then
+        options=(--racecheck-indirect-barrier-dependency yes)
+      fi
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool-$path" "$sanitizer" --tool "$tool" "${options[@]}" \
+        --error-exitcode 1 "$python" ci/sanitize_cases.py "$path" "${SANITIZE_CASES:-14}" "${SANITIZE_SEED:-0}"
+    done
   done
 }
 
 bench() {
   # shellcheck disable=SC2086  # words on purpose
   part bench "$python" ci/gpu_bench.py --json "$results/bench.json" ${BENCH_ARGS:-}
+  part bench-small "$python" ci/bench_small_gpu.py --check --json "$results/bench-small.json"
 }
 
 for name in "${@:-build tests sanitize bench}"; do

@@ -18,8 +18,10 @@ import torch
 
 import tree_attn
 from tree_attn import _kernels
+from tree_attn.cli.bench import commit
 
-PARTS = ("build", "tests", "memcheck", "racecheck", "bench")
+SANITIZED = [f"{tool}-{path}" for path in ("portable", "hopper") for tool in ("memcheck", "racecheck")]
+PARTS = ("build", "tests", *SANITIZED, "bench", "bench-small")
 
 
 def versions() -> dict[str, object]:
@@ -28,9 +30,7 @@ def versions() -> dict[str, object]:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return {
-        # Where the sources came without their history, the commit the library was built from.
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-        or build.get("commit"),
+        "commit": commit(),
         "tree_attn": tree_attn.__version__,
         "library": build,
         "torch": torch.__version__,
@@ -52,7 +52,7 @@ def parts(folder: Path) -> dict[str, object]:
         result: dict[str, object] = {"passed": status.read_text().strip() == "0"}
         if name == "tests":
             result |= _test_counts(folder / "tests.xml")
-        if name in ("memcheck", "racecheck"):
+        if name in SANITIZED:
             log = (folder / f"{name}.log").read_text(errors="replace")
             result["summary"] = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log)
             result["cases"] = re.findall(r"\d+ cases from seed \d+ ran", log)

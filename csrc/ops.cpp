@@ -4,9 +4,11 @@
 // Nothing here depends on the version of Python or of torch (2.9 and newer), nor on the CUDA runtime that torch brings:
 // the runtime is linked in, so the driver alone decides what runs.
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -115,18 +117,30 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(current);
 }
 
+// A new contiguous tensor, its memory from torch's allocator; here and not in Python, where each costs a microsecond more.
+template <size_t kDims>
+Tensor empty(const std::array<int64_t, kDims>& sizes, int32_t dtype, int32_t device) {
+  std::array<int64_t, kDims> strides;
+  int64_t stride = 1;
+  for (size_t i = kDims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
 // -- one call -------------------------------------------------------------------------------------------------------
 
-// The mask tensors of one call, in the order of the schema.
+// The mask tensors of one call, in the order of the schema. Depths are given for windows alone.
 struct MaskTensors {
   const OptionalTensor& row_begin;
   const Tensor& row_end;
-  const Tensor& q_depth;
-  const Tensor& k_depth;
+  const OptionalTensor& q_depth;
+  const OptionalTensor& k_depth;
   const OptionalTensor& begin_bounds;
   const Tensor& end_bounds;
-  const Tensor& q_depth_bounds;
-  const Tensor& k_depth_bounds;
+  const OptionalTensor& q_depth_bounds;
+  const OptionalTensor& k_depth_bounds;
 };
 
 // What forward and backward share: sizes, dtype, options, device and stream.
@@ -171,6 +185,10 @@ struct Call {
   Tensor3 keys(const char* name, const Tensor& t, int dim) const {
     return tensor3(name, t, sizes.keys, sizes.kv_heads, dim, dtype, device);
   }
+  // New ones, contiguous.
+  Tensor new_rows(int dim) const { return empty<3>({sizes.rows, sizes.heads, dim}, dtype, device); }
+  Tensor new_keys(int dim) const { return empty<3>({sizes.keys, sizes.kv_heads, dim}, dtype, device); }
+  Tensor new_per_row() const { return empty<2>({sizes.heads, sizes.rows}, aoti_torch_dtype_float32(), device); }
   // A float32 (heads, rows) array.
   template <typename T>
   float* per_row(const char* name, const T& t) const {
@@ -183,20 +201,22 @@ struct Call {
  private:
   void fill_mask(const MaskTensors& m, int64_t window) {
     const int32_t i32 = aoti_torch_dtype_int32();
-    const auto granules = [](int n) { return 2 * ((int64_t{n} + 31) / 32); };
-    const auto bounds = [&](const char* name, const Tensor& t, int n) {
-      return reinterpret_cast<const int2*>(array<int>(name, t, granules(n), i32, device));
+    const auto bounds = [&](const char* name, const auto& t, int n) {
+      return reinterpret_cast<const int2*>(array<int>(name, t, 2 * ((int64_t{n} + 31) / 32), i32, device));
     };
     if (m.row_begin.has_value() != m.begin_bounds.has_value()) fail("row_begin and begin_bounds come together");
+    mask.window = narrow("window", window);
+    if (mask.window && !(m.q_depth && m.k_depth && m.q_depth_bounds && m.k_depth_bounds)) {
+      fail("a window needs the depths and their bounds");
+    }
     mask.row_begin = array<int>("row_begin", m.row_begin, sizes.keys, i32, device);
     mask.row_end = array<int>("row_end", m.row_end, sizes.keys, i32, device);
     mask.q_depth = array<int>("q_depth", m.q_depth, sizes.rows, i32, device);
     mask.k_depth = array<int>("k_depth", m.k_depth, sizes.keys, i32, device);
-    if (m.begin_bounds) mask.begin_bounds = bounds("begin_bounds", *m.begin_bounds, sizes.keys);
+    mask.begin_bounds = bounds("begin_bounds", m.begin_bounds, sizes.keys);
     mask.end_bounds = bounds("end_bounds", m.end_bounds, sizes.keys);
     mask.q_depth_bounds = bounds("q_depth_bounds", m.q_depth_bounds, sizes.rows);
     mask.k_depth_bounds = bounds("k_depth_bounds", m.k_depth_bounds, sizes.keys);
-    mask.window = narrow("window", window);
     for (const int2* table : {mask.begin_bounds, mask.end_bounds, mask.q_depth_bounds, mask.k_depth_bounds}) {
       if (reinterpret_cast<uintptr_t>(table) % sizeof(int2)) fail("the bounds are not 8-byte aligned");
     }
@@ -205,21 +225,24 @@ struct Call {
 
 // -- operators ------------------------------------------------------------------------------------------------------
 
-void forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& sinks,
-                const OptionalTensor& row_begin, const Tensor& row_end, const Tensor& q_depth, const Tensor& k_depth,
-                const OptionalTensor& begin_bounds, const Tensor& end_bounds, const Tensor& q_depth_bounds,
-                const Tensor& k_depth_bounds, double scale, double softcap, int64_t window, int64_t path,
-                int64_t max_smem, const Tensor& out, const Tensor& lse, const Tensor& scratch) {
+std::tuple<Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& sinks,
+                                      const OptionalTensor& row_begin, const Tensor& row_end,
+                                      const OptionalTensor& q_depth, const OptionalTensor& k_depth,
+                                      const OptionalTensor& begin_bounds, const Tensor& end_bounds,
+                                      const OptionalTensor& q_depth_bounds, const OptionalTensor& k_depth_bounds,
+                                      double scale, double softcap, int64_t window, int64_t path, int64_t max_smem) {
   const MaskTensors tensors{row_begin,    row_end,    q_depth,        k_depth,
                             begin_bounds, end_bounds, q_depth_bounds, k_depth_bounds};
   const Call call(q, k, v, tensors, window, path, max_smem);
+  const Tensor out = call.new_rows(call.sizes.value_dim), lse = call.new_per_row();
+  const Tensor scratch = empty<1>({1}, aoti_torch_dtype_int32(), call.device);
   Forward f;
   f.q = call.rows("q", q, call.sizes.head_dim);
   f.k = call.keys("k", k, call.sizes.head_dim);
   f.v = call.keys("v", v, call.sizes.value_dim);
   f.out = call.rows("out", out, call.sizes.value_dim);
   f.lse = call.per_row("lse", lse);
-  f.scratch = array<int>("scratch", scratch, 1, aoti_torch_dtype_int32(), call.device);
+  f.scratch = static_cast<int*>(scratch.data_ptr());
   f.sinks = call.per_head("sinks", sinks);
   f.mask = call.mask;
   f.sizes = call.sizes;
@@ -227,18 +250,24 @@ void forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   f.scale = static_cast<float>(scale);
   f.softcap = static_cast<float>(softcap);
   check_cuda(forward(f, call.config, call.stream), "the forward kernel");
+  return {out, lse};
 }
 
-void backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                 const Tensor& v, const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
-                 const OptionalTensor& row_begin, const Tensor& row_end, const Tensor& q_depth, const Tensor& k_depth,
-                 const OptionalTensor& begin_bounds, const Tensor& end_bounds, const Tensor& q_depth_bounds,
-                 const Tensor& k_depth_bounds, double scale, double softcap, int64_t window, bool deterministic,
-                 int64_t path, int64_t max_smem, const Tensor& workspace, const Tensor& delta, const Tensor& grad_q,
-                 const Tensor& grad_k, const Tensor& grad_v) {
+// The gradients of q, k and v, and rowsum(grad_out * out) as (heads, rows).
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const OptionalTensor& sinks, const Tensor& out, const Tensor& lse, const OptionalTensor& row_begin,
+    const Tensor& row_end, const OptionalTensor& q_depth, const OptionalTensor& k_depth,
+    const OptionalTensor& begin_bounds, const Tensor& end_bounds, const OptionalTensor& q_depth_bounds,
+    const OptionalTensor& k_depth_bounds, double scale, double softcap, int64_t window, int64_t path, int64_t max_smem,
+    bool deterministic) {
   const MaskTensors tensors{row_begin,    row_end,    q_depth,        k_depth,
                             begin_bounds, end_bounds, q_depth_bounds, k_depth_bounds};
   const Call call(q, k, v, tensors, window, path, max_smem);
+  const Tensor grad_q = call.new_rows(call.sizes.head_dim), grad_k = call.new_keys(call.sizes.head_dim);
+  const Tensor grad_v = call.new_keys(call.sizes.value_dim), delta = call.new_per_row();
+  const Tensor workspace = empty<1>({backward_workspace(call.sizes, deterministic, call.config)},
+                                    aoti_torch_dtype_uint8(), call.device);
   Backward b;
   b.q = call.rows("q", q, call.sizes.head_dim);
   b.k = call.keys("k", k, call.sizes.head_dim);
@@ -258,14 +287,10 @@ void backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const T
   b.scale = static_cast<float>(scale);
   b.softcap = static_cast<float>(softcap);
   b.deterministic = deterministic;
-  const int64_t needed = backward_workspace(b.sizes, b.deterministic, call.config);
-  check_place("workspace", workspace, aoti_torch_dtype_uint8(), call.device);
-  if (workspace.numel() < needed || !workspace.is_contiguous()) {
-    fail("workspace has " + std::to_string(workspace.numel()) + " bytes, needed are " + std::to_string(needed));
-  }
   b.workspace = workspace.data_ptr();
-  if (needed > 0 && reinterpret_cast<uintptr_t>(b.workspace) % 256) fail("workspace is not 256-byte aligned");
+  if (reinterpret_cast<uintptr_t>(b.workspace) % 256) fail("the allocator's memory is not 256-byte aligned");
   check_cuda(backward(b, call.config, call.stream), "the backward kernels");
+  return {grad_q, grad_k, grad_v, delta};
 }
 
 // An array of int32 or int64; says which.
@@ -306,23 +331,21 @@ void mask_from_dfs_op(const Tensor& start, const Tensor& end, const OptionalTens
   check_cuda(mask_tables(m, current_stream(device)), "the mask's kernels");
 }
 
-#define TREE_ATTN_MASK_SCHEMA                                                                             \
-  "Tensor? row_begin, Tensor row_end, Tensor q_depth, Tensor k_depth, Tensor? begin_bounds, "             \
-  "Tensor end_bounds, Tensor q_depth_bounds, Tensor k_depth_bounds, float scale, float softcap, int window, "
+#define TREE_ATTN_MASK_SCHEMA                                                                          \
+  "Tensor? row_begin, Tensor row_end, Tensor? q_depth, Tensor? k_depth, Tensor? begin_bounds, "        \
+  "Tensor end_bounds, Tensor? q_depth_bounds, Tensor? k_depth_bounds, float scale, float softcap, "    \
+  "int window, int path, int max_smem"
 
 // The registration macros paste the namespace's name, so it is expanded one level above them.
 #define TREE_ATTN_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 #define TREE_ATTN_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 TREE_ATTN_LIBRARY(TREE_ATTN_OP_NAMESPACE, m) {
-  m.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, " TREE_ATTN_MASK_SCHEMA
-      "int path, int max_smem, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) scratch) -> ()");
+  m.def("forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, " TREE_ATTN_MASK_SCHEMA ") -> (Tensor out, Tensor lse)");
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
       "Tensor lse, " TREE_ATTN_MASK_SCHEMA
-      "bool deterministic, int path, int max_smem, Tensor(a!) workspace, Tensor(b!) delta, Tensor(c!) grad_q, "
-      "Tensor(d!) grad_k, Tensor(e!) grad_v) -> ()");
+      ", bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor delta)");
   m.def(
       "mask_from_dfs(Tensor start, Tensor end, Tensor? offsets, Tensor(a!) subtree_end, Tensor(b!) depth, "
       "Tensor(c!) end_bounds, Tensor(d!) depth_bounds, Tensor(e!) scratch) -> ()");
@@ -379,13 +402,4 @@ TREE_ATTN_EXPORT const char* tree_attn_path_name(int device, int heads, int kv_h
   cudaSetDevice(device);
   const tree_attn::Sizes sizes{1, 1, heads, kv_heads, head_dim, value_dim};
   return tree_attn::path_name(sizes, {static_cast<tree_attn::Path>(path), max_smem});
-}
-
-// Bytes of workspace that backward needs.
-TREE_ATTN_EXPORT int64_t tree_attn_backward_workspace(int device, int rows, int keys, int heads, int kv_heads,
-                                                      int head_dim, int value_dim, int deterministic, int path,
-                                                      int max_smem) {
-  cudaSetDevice(device);
-  const tree_attn::Sizes sizes{rows, keys, heads, kv_heads, head_dim, value_dim};
-  return tree_attn::backward_workspace(sizes, deterministic != 0, {static_cast<tree_attn::Path>(path), max_smem});
 }

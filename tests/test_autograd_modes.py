@@ -167,6 +167,29 @@ def test_functional_gradients_agree_with_autograd(cpu_backend: str) -> None:
     assert "tree_attn.attention.default" in seen.names
 
 
+class Reading(ReferenceBackend):
+    """The reference, which asks for memory as a kernel does."""
+
+    name, priority = "reading", -1
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        assert all(x.data_ptr() for x in (q, k, v))
+        return super().forward(q, k, v, *rest)
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_tensor_that_outlived_a_transform_is_an_ordinary_one(recorded: bool) -> None:
+    """What a function kept from inside ``grad`` is a wrapper still, without memory of its own."""
+    register_backend(Reading())
+    q, k, v = random_qkv(MASK.total, requires_grad=False)
+    kept: list[Tensor] = []
+    grad(lambda x: kept.append(2 * x) or kept[0].sum())(q)
+    out = tree_attention(kept[0], k.requires_grad_(recorded), v, MASK, backend="reading")
+    assert out.requires_grad == recorded
+    assert torch.equal(out, tree_attention(2 * q, k, v, MASK, backend="reference"))
+
+
 def second_derivative(function: Callable[[Tensor], Tensor], q: Tensor) -> None:
     q = q.clone().requires_grad_()
     (first,) = torch.autograd.grad(function(q), q, create_graph=True)

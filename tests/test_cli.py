@@ -270,35 +270,68 @@ class TestPicture:
 
 
 class TestBench:
-    def test_every_peer_computes_the_same_and_the_one_that_cannot_says_why(self, tmp_path):
+    QUICK = ("--device", "cpu", "--heads", "2,1,16", "--threads", 1)
+
+    def test_every_peer_is_right_and_the_one_that_cannot_run_says_why(self, tmp_path):
         plot = tmp_path / "bench.png"
-        done = run("bench", "--device", "cpu", "--shapes", "dpo", "--heads", "2,1,16", "--repeats", 1, "--threads", 1,
-                   "--json", "-o", plot)  # fmt: skip
+        done = run("bench", *self.QUICK, "--workloads", "dpo", "--json", "-o", plot)
         assert done.exit_code == 0, done.output
         rows = {row["peer"]: row for row in json.loads(done.output)["rows"]}
-        assert list(rows) == ["tree_attn", "sdpa", "paths", "flex"]
-        for peer in ("tree_attn", "sdpa", "paths"):
+        assert list(rows) == ["tree_attn", "flex", "paths", "sdpa"]
+        for peer in ("tree_attn", "paths", "sdpa"):
             assert rows[peer]["forward_ms"] > 0
             assert rows[peer]["backward_ms"] > 0
-            assert rows[peer]["difference"] < 1e-5  # float32
-        assert rows["flex"]["total_ms"] is None
+            assert rows[peer]["error"] < 1e-5  # float32
+        assert rows["flex"]["forward_ms"] is None
         assert "backward" in rows["flex"]["why_not"]
         assert plot.read_bytes().startswith(PNG)
 
     def test_table_names_speed_and_reason(self):
-        done = run("bench", "--device", "cpu", "--shapes", "star,dpo", "--peers", "flex,paths", "--heads", "1,1,8",
-                   "--repeats", 1, "--threads", 1)  # fmt: skip
-        for shape in ("star", "dpo"):
-            assert f"{shape}, 4,096 tokens" in done.output
-        assert done.output.count("x as fast") == done.output.count("flex: cannot run here:") == 2
+        done = run("bench", *self.QUICK, "--workloads", "star,dpo", "--peers", "flex,paths")
+        for workload in ("star", "dpo"):
+            assert f"{workload}, 4,096 tokens" in done.output
+        assert done.output.count("x as fast") == 2
+        assert done.output.count("flex: cannot run here:") == 1  # one line, if the reason is the same everywhere
+
+    def test_peer_that_is_not_installed_is_a_line(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cutlass", None)
+        monkeypatch.delitem(sys.modules, "tree_attn.cli.fa4", raising=False)
+        monkeypatch.delattr("tree_attn.cli.fa4", raising=False)
+        done = run("bench", *self.QUICK, "--workloads", "dpo", "--peers", "fa4")
+        assert done.exit_code == 0, done.output
+        (line,) = (line for line in done.output.splitlines() if line.startswith("fa4"))
+        assert "not installed" in line
+        assert "pip install flash-attn-4" in line
+
+    def test_runs_are_kept_and_their_medians_shown(self):
+        done = run("bench", *self.QUICK, "--workloads", "dpo", "--peers", "", "--runs", 3, "--json")
+        said = json.loads(done.output)
+        times = sorted(rows[0]["forward_ms"] for rows in said["runs"])
+        assert len(times) == 3
+        assert said["rows"][0]["forward_ms"] == times[1]
+
+    @pytest.mark.parametrize("suffix", [".png", ".svg"])
+    def test_plot_and_table_of_an_earlier_run(self, suffix, tmp_path):
+        saved, plot = tmp_path / "bench.json", tmp_path / f"bench{suffix}"
+        saved.write_text(results().to_json())
+        done = run("bench", "--from", saved, "-o", plot)
+        assert done.exit_code == 0, done.output
+        assert "NVIDIA H100" in done.output
+        assert "0123456789ab" in done.output
+        assert "2.00x as fast" in done.output
+        assert "fa2 on agent32k: cannot run here: it is causal" in done.output
+        assert plot.read_bytes().startswith(PNG) or b"<svg" in plot.read_bytes()[:2000]
+        assert run("bench", "--from", saved, "--json").output == results().to_json() + "\n"
 
     @pytest.mark.parametrize(
         ("args", "says"),
         [
             (["--peers", "fa9"], "no peer 'fa9'"),
-            (["--shapes", "ring"], "no shape 'ring'"),
+            (["--workloads", "ring"], "no workload 'ring'"),
             (["--heads", "3,2,64"], "first a multiple of the second"),
             (["--heads", "8"], "give query heads"),
+            (["--from", "nowhere.json"], "nowhere.json"),
+            (["--from", __file__], "not what `tree-attn bench --json` prints"),
         ],
     )
     def test_mistakes_are_told_in_a_line(self, args, says):
@@ -306,16 +339,17 @@ class TestBench:
         assert done.exit_code == 1
         assert says in done.output
 
-    @pytest.mark.parametrize("large", [False, True])
-    @pytest.mark.parametrize("shape", bench.SHAPES)
-    def test_trees_are_depth_first_and_of_the_size_they_say(self, shape, large):
-        nodes = bench.tree(shape, large)
-        mask = TreeMask.from_nodes([p for p, _ in nodes], [n for _, n in nodes])
-        assert mask.total in ((16384, 20480, 32768) if large else (4096,))
 
-    def test_paths_are_the_roots_to_leaves(self):
-        nodes = [(-1, 2), (0, 1), (1, 1), (1, 2), (0, 1), (-1, 1)]
-        assert bench.leaf_paths(nodes) == [[0, 1, 2, 3], [0, 1, 2, 4, 5], [0, 1, 6], [7]]
+def results():
+    """As if measured on a GPU: this project twice as fast as fa2, which cannot run on the second workload."""
+    common = ("causal16k", 16384, 134_225_920), ("agent32k", 32768, 98_584_234)
+    rows = []
+    for name, tokens, pairs in common:
+        rows.append(bench.Row(name, "tree_attn", tokens, pairs, 4.0, 12.0, 550.0, 460.0, 2e-3, "cuda (hopper)"))
+        rows.append(bench.Row(name, "fa2", tokens, pairs, 8.0, 24.0, 275.0, 230.0, 2e-3))
+    rows[-1] = bench.Row(name, "fa2", tokens, pairs, why_not="it is causal, and this tree branches")
+    machine = ("NVIDIA H100", "2.11.0", "0.1.0", "0123456789ab")
+    return bench.Results(*machine, "bfloat16", (32, 8, 128), 8192, 720.0, rows, [rows])
 
 
 def test_threads_are_at_least_one_and_no_more_than_torch_has():

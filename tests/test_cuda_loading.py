@@ -90,13 +90,18 @@ def test_loads_without_a_gpu_and_registers_its_operators():
     out = run("""
 library = _kernels.load()
 assert isinstance(library, _kernels.Kernels), library
-for name in ("forward", "backward"):
+for name in ("forward", "backward", "mask_from_dfs"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{_kernels.OP_NAMESPACE}::{name}", "CUDA"), name
-    written = [a.name for a in getattr(library, name)._schema.arguments if a.alias_info is not None]
-    print(name, *written)
+    schema = getattr(library, name)._schema
+    written = [a.name for a in schema.arguments if a.alias_info is not None]
+    print(name, *written, *(result.name for result in schema.returns))
 assert library.build["version"] == tree_attn.__version__
 """)
-    assert out.splitlines() == ["forward out lse scratch", "backward workspace delta grad_q grad_k grad_v"]
+    assert out.splitlines() == [
+        "forward out lse",
+        "backward grad_q grad_k grad_v delta",
+        "mask_from_dfs subtree_end depth end_bounds depth_bounds scratch",
+    ]
 
 
 @needs_library

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tree_attn import _hub, _matrix
 from tree_attn._version import __version__
@@ -52,11 +53,11 @@ class DeviceFacts(ctypes.Structure):
 
 
 class Kernels(NamedTuple):
-    """The loaded library: operators that write into tensors they are given, and functions without tensors."""
+    """The loaded library: operators, and functions without tensors."""
 
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-    mask_from_dfs: Callable[..., None]
+    forward: Callable[..., tuple[Tensor, Tensor]]  # out, lse
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]  # grad_q, grad_k, grad_v, delta
+    mask_from_dfs: Callable[..., None]  # writes into tensors it is given
     functions: ctypes.CDLL
     build: dict[str, object]  # "version", "cuda", "archs", "commit", "torch"
 
@@ -218,7 +219,6 @@ def _declare(functions: ctypes.CDLL) -> ctypes.CDLL:
         ("tree_attn_device_facts", None, [integer, ctypes.POINTER(DeviceFacts)]),
         ("tree_attn_error_text", text, [integer]),
         ("tree_attn_path_name", text, [integer] * 7),
-        ("tree_attn_backward_workspace", ctypes.c_int64, [integer] * 10),
     ):
         function = getattr(functions, name)
         function.restype, function.argtypes = result, arguments

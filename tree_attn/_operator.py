@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.utils._python_dispatch as python_dispatch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from tree_attn import registry
@@ -52,21 +53,29 @@ def attend(
         return _without_autocast(chosen.attend, q, k, v, sinks, ranges, options)
     if not _is_plain(q, k, v):
         chosen = _ThroughOperator(forced)
-    function = _TransformedAttention if torch._C._are_functorch_transforms_active() else _Attention
-    return function.apply(q, k, v, sinks, chosen, ranges, options)
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedAttention.apply(q, k, v, sinks, chosen, ranges, options)
+    # A tensor kept from inside a transform that is over: a wrapper, which has no memory that a kernel could be given.
+    q, k, v = unwrap_if_dead(q), unwrap_if_dead(k), unwrap_if_dead(v)
+    sinks = None if sinks is None else unwrap_if_dead(sinks)
+    if _is_recorded(q, k, v, sinks):
+        return _Attention.record(q, k, v, sinks, chosen, ranges, options)
+    return _forward(q, k, v, sinks, chosen, ranges, options)
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
 
 
 def make_request(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ranges: RowRanges, options: Options) -> Request:
+    _, heads, head_dim = q.shape
+    _, kv_heads, value_dim = v.shape
     return Request(
         q.device,
         q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        v.shape[2],
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
         not not options.softcap,  # noqa: SIM208  a bool also where torch.compile holds a symbol
         options.window is not None,
         sinks is not None,
@@ -92,7 +101,9 @@ _traced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    # The first question takes a tenth of the time of the others.
+    any_device = torch._C._is_any_autocast_enabled()
+    return any_device and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -100,10 +111,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+_PLAIN = Tensor, torch.nn.Parameter
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """No dispatch mode or subclass that has to see an operator."""
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
     return plain and python_dispatch._get_current_dispatch_mode() is None
+
+
+def _is_recorded(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Does autograd have to know of this call? If not, the 7 us that a function of autograd costs are saved."""
+    if forward_ad._current_level >= 0:
+        return True
+    needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    return needed and torch.is_grad_enabled()
 
 
 def _without_autocast(method: Callable[..., Any], tensor: Tensor, *rest: Any) -> Any:
@@ -131,6 +153,11 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 class _Attention(torch.autograd.Function):
     """The chosen backend as a differentiable function of q, k, v and sinks."""
+
+    @classmethod
+    def record(cls, *inputs):  # type: ignore[no-untyped-def]
+        """:meth:`apply` outside torch.func's transforms, without the 3 us in which it gets ready for them."""
+        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]

@@ -172,34 +172,37 @@ def _check(
         raise TypeError(
             f"mask is {type(mask).__name__}; build a TreeMask with TreeMask.from_nodes, from_dfs or from_token_parents"
         )
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # an attribute of a tensor is made anew at every access
+    dtype, device = q.dtype, q.device
+    if len(q_shape) != 3 or len(k_shape) != 3 or len(v_shape) != 3:
+        shapes = f"q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v_shape)}"
         raise ValueError(
             f"{shapes}: give three dimensions each, (tokens, heads, head_dim); a batch is packed into one sequence"
         )
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q is {q.dtype}; supported are float16, bfloat16, float32 and float64")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}; give all three one dtype")
-    if k.device != q.device or v.device != q.device or mask.device != q.device:
+    if dtype not in _DTYPES:
+        raise TypeError(f"q is {dtype}; supported are float16, bfloat16, float32 and float64")
+    if k.dtype != dtype or v.dtype != dtype:
+        raise TypeError(f"q is {dtype}, k is {k.dtype}, v is {v.dtype}; give all three one dtype")
+    if k.device != device or v.device != device or mask.device != device:
         raise ValueError(
-            f"q is on {q.device}, k on {k.device}, v on {v.device}, mask on {mask.device}; put all on one device "
-            f"(mask.to({str(q.device)!r}))"
+            f"q is on {device}, k on {k.device}, v on {v.device}, mask on {mask.device}; put all on one device "
+            f"(mask.to({str(device)!r}))"
         )
-    tokens, heads, head_dim = q.shape
-    if k.shape[0] != tokens or v.shape[0] != tokens or mask.total != tokens:
+    tokens, heads, head_dim = q_shape
+    k_tokens, kv_heads, k_dim = k_shape
+    v_tokens, v_heads, value_dim = v_shape
+    if k_tokens != tokens or v_tokens != tokens or mask.total != tokens:
         raise ValueError(
-            f"q has {tokens} tokens, k {k.shape[0]}, v {v.shape[0]}, and mask is for {mask.total}; all must agree"
+            f"q has {tokens} tokens, k {k_tokens}, v {v_tokens}, and mask is for {mask.total}; all must agree"
         )
-    kv_heads = k.shape[1]
-    if v.shape[1] != kv_heads:
-        raise ValueError(f"k has {kv_heads} heads and v has {v.shape[1]}; give both the same number")
+    if v_heads != kv_heads:
+        raise ValueError(f"k has {kv_heads} heads and v has {v_heads}; give both the same number")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k has {kv_heads}; heads must be a positive multiple of kv_heads")
-    if k.shape[2] != head_dim:
-        raise ValueError(f"q has head_dim {head_dim} and k has {k.shape[2]}; they must agree")
-    if head_dim == 0 or v.shape[2] == 0:
-        raise ValueError(f"head_dim is {head_dim} and value_dim is {v.shape[2]}; both must be at least 1")
+    if k_dim != head_dim:
+        raise ValueError(f"q has head_dim {head_dim} and k has {k_dim}; they must agree")
+    if head_dim == 0 or value_dim == 0:
+        raise ValueError(f"head_dim is {head_dim} and value_dim is {value_dim}; both must be at least 1")
     _check_options(scale, softcap, window, deterministic)
     if sinks is not None:
         _check_sinks(sinks, q)

@@ -234,10 +234,19 @@ def forced_in_environment() -> str | None:
     torch.compile cannot guard on it. A compiled call obeys a change all the same, because the operator chooses when it
     runs; only away from a traced backend (flex) does a change go unseen, and towards one it is an error.
     """
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    name = read_environment(ENVIRONMENT_VARIABLE) or None
     if name is not None and name not in _backends:
         _named(name, f"{ENVIRONMENT_VARIABLE} is {name!r}, but ")
     return name
+
+
+def read_environment(name: str) -> str | None:
+    """``os.environ.get(name)``, which takes 0.7 us for a variable that is not set, because it raises and catches two
+    exceptions. A call reads three."""
+    variables = getattr(os.environ, "_data", None)  # by bytes where the system's names are bytes, else by strings
+    if variables is not None and name not in variables and name.encode() not in variables:
+        return None
+    return os.environ.get(name)
 
 
 def forced(argument: str | None = None) -> str | None:

@@ -14,6 +14,7 @@
 // L2. Tiles that reach into several bands add up dK and dV in float32 like dQ.
 #pragma once
 
+#include "../shared_memory.h"
 #include "tiles.cuh"
 
 namespace tree_attn::portable {
@@ -554,14 +555,11 @@ cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
   int device = 0, processors = 0, blocks = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(backward_kernel<Tiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  if (error == cudaSuccess) error = allow_shared_memory<backward_kernel<Tiles>>(Tiles::kSmem);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, backward_kernel<Tiles>, Tiles::kThreads, Tiles::kSmem);
   constexpr int kFinishSmem = Tiles::kKBytes + Tiles::kVBytes;
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(split_tiles_kernel<Tiles, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kFinishSmem);
+  if (error == cudaSuccess) error = allow_shared_memory<split_tiles_kernel<Tiles, true>>(kFinishSmem);
   if (error != cudaSuccess) return error;
 
   launch_plan<Tiles>(args, stream);

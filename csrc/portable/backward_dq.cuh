@@ -4,6 +4,7 @@
 //   for each needed key tile:  S = Q K^T;  P = exp(S - lse);  D = dO V^T;  dQ += P (D - delta) K
 #pragma once
 
+#include "../shared_memory.h"
 #include "backward.cuh"
 #include "forward.cuh"
 
@@ -119,11 +120,10 @@ template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward_dq(const Backward& call, cudaStream_t stream) {
   using Tiles = BackwardDqTiles<T, kDim, kValueDim>;
   const BackwardArguments args(call, PackedRows(call.sizes), kDim, kValueDim, kSmallestKeys);
-  auto* kernel = backward_dq_kernel<Tiles>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  const cudaError_t error = allow_shared_memory<backward_dq_kernel<Tiles>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
   const dim3 grid((args.rows.count + Tiles::kRows - 1) / Tiles::kRows, call.sizes.kv_heads);
-  kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
+  backward_dq_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
   return cudaGetLastError();
 }
 

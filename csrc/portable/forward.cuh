@@ -5,6 +5,7 @@
 // K of the next tile travels while P V runs, V of this one while S is computed. Full tiles run no mask code.
 #pragma once
 
+#include "../shared_memory.h"
 #include "tiles.cuh"
 
 namespace tree_attn::portable {
@@ -223,11 +224,10 @@ template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   using Tiles = ForwardTiles<T, kDim, kValueDim>;
   const ForwardArguments args(call);
-  auto* kernel = forward_kernel<Tiles>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
+  const cudaError_t error = allow_shared_memory<forward_kernel<Tiles>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
   const dim3 grid((args.rows.count + Tiles::kRows - 1) / Tiles::kRows, call.sizes.kv_heads);
-  kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
+  forward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -1,16 +1,16 @@
-"""The project's CUDA kernels: makes the tensors fit, allocates the results and calls the library.
+"""The project's CUDA kernels: makes the tensors fit and calls the library.
 
-Allocation is torch's and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two environment variables,
-read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or ``hopper``) forces one set
-of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of a smaller GPU. Where the
-Hopper set lacks a kernel the portable one runs: for head dims above 128, for a scale that is not positive, for repeated
-rows (``expand``), and in the backward for more than 64 query heads a key/value head and for deterministic calls.
+Memory is that of torch's allocator and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two
+environment variables, read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or
+``hopper``) forces one set of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of
+a smaller GPU. Where the Hopper set lacks a kernel the portable one runs: for head dims above 128, for a scale that is
+not positive, for repeated rows (``expand``), and in the backward for more than 64 query heads a key/value head and for
+deterministic calls.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from tree_attn import _kernels
 from tree_attn._backends.layout import loadable
 from tree_attn.mask import RowRanges
-from tree_attn.registry import Backend, BackendUnavailable, Options, Request
+from tree_attn.registry import Backend, BackendUnavailable, Options, Request, read_environment
 
 PATH_VARIABLE = "TREE_ATTN_CUDA_PATH"
 SMEM_VARIABLE = "TREE_ATTN_CUDA_SMEM"
@@ -61,25 +61,11 @@ class CudaBackend(Backend):
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: RowRanges, options: Options
     ) -> tuple[Tensor, Tensor]:
         rows, heads, _ = q.shape
-        out = torch.empty((rows, heads, v.shape[2]), dtype=q.dtype, device=q.device)
-        lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
         if rows == 0 or k.shape[0] == 0:
-            return out.zero_(), lse.fill_(float("-inf"))
-        _library().forward(
-            loadable(q),
-            loadable(k),
-            loadable(v),
-            _float32(sinks),
-            *mask,
-            options.scale,
-            options.softcap,
-            _window(options),
-            *_config(),
-            out,
-            lse,
-            torch.empty(1, dtype=torch.int32, device=q.device),  # the counter of the kernel's schedule
+            return q.new_zeros(rows, heads, v.shape[2]), q.new_full((heads, rows), float("-inf"), dtype=torch.float32)
+        return _library().forward(
+            loadable(q), loadable(k), loadable(v), _float32(sinks), *_mask(mask, options), *_scalars(options)
         )
-        return out, lse
 
     def backward(
         self,
@@ -94,20 +80,10 @@ class CudaBackend(Backend):
         mask: RowRanges,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        rows, heads, head_dim = q.shape
-        keys, kv_heads, value_dim = v.shape
-        device = q.device
-        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-        if rows == 0 or keys == 0:
-            grad_sinks = None if sinks is None else torch.zeros_like(sinks)
-            return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_sinks
-        config = _config()
-        size = _workspace_bytes(
-            _index(device), rows, keys, heads, kv_heads, head_dim, value_dim, options.deterministic, *config
-        )
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        delta = torch.empty((heads, rows), dtype=torch.float32, device=device)
-        _library().backward(
+        if q.shape[0] == 0 or k.shape[0] == 0:
+            grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+            return grad_q, grad_k, grad_v, None if sinks is None else torch.zeros_like(sinks)
+        grad_q, grad_k, grad_v, delta = _library().backward(
             loadable(grad_out),
             _float32(grad_lse),
             loadable(q),
@@ -116,17 +92,9 @@ class CudaBackend(Backend):
             _float32(sinks),
             loadable(out),
             lse,
-            *mask,
-            options.scale,
-            options.softcap,
-            _window(options),
+            *_mask(mask, options),
+            *_scalars(options),
             options.deterministic,
-            *config,
-            workspace,
-            delta,
-            grad_q,
-            grad_k,
-            grad_v,
         )
         return grad_q, grad_k, grad_v, None if sinks is None else _grad_sinks(sinks, lse, delta)
 
@@ -155,7 +123,7 @@ def _reasons_of_path(request: Request) -> list[str]:
 
 def _config() -> tuple[int, int]:
     """What the environment forces: the path (``_kernels.PATHS``) and the shared memory of a block, 0 for all."""
-    path, smem = os.environ.get(PATH_VARIABLE) or "auto", os.environ.get(SMEM_VARIABLE) or "0"
+    path, smem = read_environment(PATH_VARIABLE) or "auto", read_environment(SMEM_VARIABLE) or "0"
     if path not in _kernels.PATHS:
         raise ValueError(f"{PATH_VARIABLE} is {path!r}; set it to portable or hopper, or leave it unset")
     if not smem.isdecimal():
@@ -167,12 +135,6 @@ def _config() -> tuple[int, int]:
 def _path_name(device: int, heads: tuple[int, int, int, int], path: int, max_smem: int) -> str:
     with torch.cuda.device(device):
         return _library().functions.tree_attn_path_name(device, *heads, path, max_smem).decode()
-
-
-@functools.lru_cache(maxsize=1024)
-def _workspace_bytes(device: int, *sizes: int) -> int:
-    with torch.cuda.device(device):
-        return _library().functions.tree_attn_backward_workspace(device, *sizes)
 
 
 def _library() -> _kernels.Kernels:
@@ -193,8 +155,16 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
-def _window(options: Options) -> int:
-    return 0 if options.window is None else min(options.window, _MAX_INT)
+def _mask(mask: RowRanges, options: Options) -> tuple[Tensor | None, ...]:
+    """The tensors of the mask that the kernels read. Depths serve windows alone, and a tensor costs host time."""
+    if options.window is not None:
+        return mask
+    return mask.row_begin, mask.row_end, None, None, mask.begin_bounds, mask.end_bounds, None, None
+
+
+def _scalars(options: Options) -> tuple[float, float, int, int, int]:
+    window = 0 if options.window is None else min(options.window, _MAX_INT)
+    return options.scale, options.softcap, window, *_config()
 
 
 def _grad_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from tree_attn.cli import hint, missing
 from tree_attn.rollouts import SHIPPED, Rollout, read_rollouts
 
 if TYPE_CHECKING:
-    from tree_attn.cli.bench import Row, Setup
+    from tree_attn.cli.bench import Results, Row, Setup
     from tree_attn.cli.compare import Comparison
     from tree_attn.mask import TreeMask
 
@@ -227,85 +228,109 @@ def _tree_of(file: Path, rollouts: list[Rollout]) -> tuple[str, TreeMask, list[t
 
 @app.command()
 def bench(
-    peers: Annotated[str, typer.Option(help="What to compare with, by commas: sdpa, paths, flex.")] = "sdpa,paths,flex",
-    shapes: Annotated[str, typer.Option(help="Which trees, by commas: star, agent, dpo.")] = "star,agent,dpo",
+    peers: Annotated[
+        str, typer.Option(help="What to compare with, by commas: fa4, fa2, flex, paths, sdpa, hopper, portable.")
+    ] = "flex,paths,sdpa",
+    workloads: Annotated[
+        str, typer.Option(help="Which trees, by commas; all of a size that suits the device when left out.")
+    ] = "",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plot to write: .png, .svg or .pdf.")] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: show what --json printed into this file.")
+    ] = None,
     device: DeviceOption = "auto",
     heads: Annotated[str, typer.Option(help="Query heads, key/value heads, head dim; by device when left out.")] = "",
-    repeats: Annotated[int | None, typer.Option(min=1, help="Runs of which the median counts.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Measure everything this often; medians count.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; those that are idle when left out.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time this project against what torch offers on this machine, forward and backward."""
+    """Time this project against what else computes attention on trees on this machine, forward and backward."""
     if output is not None:
         _need("bench -o", "matplotlib", "numpy")
-    from dataclasses import replace
-
-    from tree_attn.cli import bench
+    from tree_attn.cli.bench import Results, Setup
 
     with _errors():
         if output is not None:
-            from tree_attn.cli import picture
+            from tree_attn.cli import bars, picture
 
             picture.checked(output)
-        torch.set_num_threads(threads or idle_cpus())
-        setup = bench.Setup.of_this_machine(_device(device))
-        if heads:
-            query, shared, size = _heads(heads)
-            setup = replace(setup, heads=query, kv_heads=shared, head_dim=size)
-        if repeats:
-            setup = replace(setup, repeats=repeats)
-        names = ["tree_attn", *(name for name in _split(peers) if name != "tree_attn")]
-        chosen = _split(shapes)
-        with _progress(quiet=as_json) as bar:
-            task = bar.add_task("", total=len(names) * len(chosen))
-
-            def on_start(shape: str, peer: str) -> None:
-                done = bar.tasks[task].completed + (bar.tasks[task].description != "")
-                bar.update(task, completed=done, description=f"{shape}: {peer}")
-
-            rows = bench.run(chosen, names, setup, on_start)
-            bar.update(task, completed=len(rows), description="done")
+        if saved is not None:
+            results = Results.from_json(saved.read_text())
+        else:
+            torch.set_num_threads(threads or idle_cpus())
+            setup = Setup.of_device(_device(device))
+            if heads:
+                query, shared, size = _heads(heads)
+                setup = replace(setup, heads=query, kv_heads=shared, head_dim=size)
+            names = list(dict.fromkeys(["tree_attn", *_split(peers)]))
+            results = _measure(_split(workloads) or setup.workloads, names, setup, runs, quiet=as_json)
         if output is not None:
-            bench.plot(rows, setup, output)
+            bars.draw(results, output)
     if as_json:
-        print(json.dumps(bench.as_json(rows, setup), indent=2))
+        print(results.to_json())
         return
-    _print_bench(rows, setup)
+    _print_bench(results)
     if output is not None:
         print(f"plot: {output}")
 
 
-def _print_bench(rows: list[Row], setup: Setup) -> None:
-    from tree_attn.cli.bench import machine
+def _measure(workloads: list[str], peers: list[str], setup: Setup, runs: int, quiet: bool) -> Results:
+    from tree_attn.cli import bench
 
+    with _progress(quiet) as bar:
+        task = bar.add_task("matrix product", total=runs * len(workloads) * len(peers))
+        return bench.measure(
+            workloads,
+            peers,
+            setup,
+            runs,
+            on_start=lambda workload, peer: bar.update(task, description=f"{workload}: {peer}"),
+            on_row=lambda row: bar.advance(task),
+        )
+
+
+def _print_bench(results: Results) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    dtype = str(setup.dtype).removeprefix("torch.")
+    heads, kv_heads, head_dim = results.heads
     out.print(
-        f"{machine(setup.device)}, torch {torch.__version__}; {setup.heads}/{setup.kv_heads} heads, head dim "
-        f"{setup.head_dim}, {dtype}; median of {setup.repeats}, milliseconds"
+        f"{results.machine}, torch {results.torch}, tree_attn {results.tree_attn}"
+        f"{f' at {results.commit}' if results.commit else ''}; {heads}/{kv_heads} heads, head dim {head_dim}, "
+        f"{results.dtype}; a matrix product of {results.matmul_size} x {results.matmul_size} runs at "
+        f"{_significant(results.matmul_tflops)} TFLOP/s",
+        markup=False,
     )
-    for shape in dict.fromkeys(row.shape for row in rows):
-        of_shape = [row for row in rows if row.shape == shape]
-        ours = next(row.total_ms for row in of_shape if row.peer == "tree_attn")
-        table = Table(box=None, header_style="bold", pad_edge=False, title=f"{shape}, {of_shape[0].tokens:,} tokens")
-        table.title_justify = "left"
-        for column in ("peer", "forward", "backward", "both", "tree_attn is", "differs by"):
-            table.add_column(column, justify="left" if column == "peer" else "right", no_wrap=True)
-        for row in of_shape:
-            if row.total_ms is None or ours is None:
-                continue
-            speed = "" if row.peer == "tree_attn" else f"{row.total_ms / ours:.2f}x as fast"
-            times = (_milliseconds(ms) for ms in (row.forward_ms, row.backward_ms, row.total_ms))
-            table.add_row(row.peer, *times, speed, f"{row.difference:.0e}")
-        out.print(table)
-        for row in of_shape:
-            if row.why_not or row.note:
-                out.print(f"  {row.peer}: {row.note or 'cannot run here: ' + row.why_not}", markup=False, style="dim")
+    for workload in dict.fromkeys(row.workload for row in results.rows):
+        ran = [row for row in results.rows if row.workload == workload and not row.why_not]
+        if ran:
+            out.print(_bench_table(ran))
+    said: dict[tuple[str, str], list[str]] = {}  # a line for each thing that a peer says, and the workloads it is about
+    for row in results.rows:
+        if row.why_not or row.note:
+            said.setdefault((row.peer, row.note or f"cannot run here: {row.why_not}"), []).append(row.workload)
+    of_peer = Counter(row.peer for row in results.rows)
+    for (peer, words), about in sorted(said.items(), key=lambda item: list(of_peer).index(item[0][0])):
+        where = "" if len(about) == of_peer[peer] else f" on {', '.join(about)}"
+        out.print(f"{peer}{where}: {words}", markup=False, style="dim")
 
 
-def _milliseconds(ms: float | None) -> str:
-    return "-" if ms is None else f"{ms:,.0f}" if ms >= 100 else f"{ms:.2f}"
+def _bench_table(rows: list[Row]) -> Table:
+    """The peers on one workload."""
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"{rows[0].workload}, {rows[0].tokens:,} tokens")
+    table.title_justify = "left"
+    for column in ("peer", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "tree_attn is", "error"):
+        table.add_column(column, justify="left" if column == "peer" else "right", no_wrap=True)
+    ours = next((row.total_ms for row in rows if row.peer == "tree_attn"), None)
+    for row in rows:
+        times = (row.forward_ms, row.forward_tflops, row.backward_ms, row.backward_tflops)
+        both = row.total_ms
+        speed = f"{both / ours:.2f}x as fast" if both and ours and row.peer != "tree_attn" else ""
+        table.add_row(row.peer, *map(_significant, times), speed, f"{row.error:.1e}")
+    return table
+
+
+def _significant(number: float | None) -> str:
+    """At least three digits."""
+    return "-" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:#.3g}"
 
 
 def _split(names: str) -> list[str]:

@@ -1,67 +1,73 @@
-"""This project against what torch alone offers on this machine: the measurements behind ``tree-attn bench``.
+"""The measurements behind ``tree-attn bench`` and ``ci/gpu_bench.py``: peers on tree workloads, in one process.
 
-Every peer computes attention of the same tree from the same tensors, forward and backward, and its output is compared
-with this project's. What a peer can prepare once for a tree (a dense mask, a block list, expanded keys and values) is
-prepared outside the clock.
-
-    tree_attn   tree_attention, on the backend the registry chooses
-    sdpa        one scaled_dot_product_attention call with a dense boolean mask and keys and values already expanded
-    paths       no tree at all: every root-to-leaf path as a causal sequence, paths of one length in one call
-    flex        torch.compile(flex_attention) with a block mask
+TFLOP/s count the visible pairs alone: 4 * head_dim operations a pair and query head forward, 10 * head_dim backward. So
+time spent on masked pairs counts against a peer. Every output is compared with float64 on some rows. The ceiling is a
+plain matrix product, timed in the same process.
 """
 
 from __future__ import annotations
 
-import random
+import functools
+import itertools
+import json
+import shutil
+import subprocess
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import tree_attn
-from tree_attn import TreeMask, tree_attention
+from tree_attn import _kernels
+from tree_attn.cli.peers import PEERS, Attention, Problem
+from tree_attn.cli.workloads import SMALL_WORKLOADS, WORKLOADS, tree_mask
 
-PEERS = ("tree_attn", "sdpa", "paths", "flex")
-SHAPES = ("star", "agent", "dpo")
-Nodes = list[tuple[int, int]]  # (parent or -1, tokens), depth-first
+ALL_WORKLOADS = {**WORKLOADS, **SMALL_WORKLOADS}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: where, with which heads, how often."""
+    """What is measured: where, in which dtype, with which heads."""
 
     device: str
     dtype: torch.dtype
     heads: int
     kv_heads: int
     head_dim: int
-    repeats: int = 5
 
     @classmethod
-    def of_this_machine(cls, device: str) -> Setup:
-        """A size that takes about a minute: training heads in bfloat16 on a GPU, small ones in float32 elsewhere."""
+    def of_device(cls, device: str) -> Setup:
+        """Training heads in bfloat16 on a GPU, small ones in float32 elsewhere."""
         if torch.device(device).type == "cuda":
-            return cls(device, torch.bfloat16, 32, 8, 128, 20)
+            return cls(device, torch.bfloat16, 32, 8, 128)
         return cls(device, torch.float32, 8, 2, 64)
+
+    @property
+    def workloads(self) -> list[str]:
+        """The names that suit the device."""
+        return list(WORKLOADS if torch.device(self.device).type == "cuda" else SMALL_WORKLOADS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer on one tree. Times are median milliseconds; None, with the reason in ``why_not``, if it cannot run."""
+    """One peer on one workload. Times are median milliseconds; all numbers are None, with the reason in ``why_not``, if
+    the peer cannot run."""
 
-    shape: str
+    workload: str
     peer: str
     tokens: int
+    visible_pairs: int
     forward_ms: float | None = None
     backward_ms: float | None = None
-    difference: float | None = None  # norm(out - tree_attn's) / norm(tree_attn's)
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    error: float | None = None  # relative, against float64
     note: str = ""
     why_not: str = ""
 
@@ -72,218 +78,212 @@ class Row:
         return self.forward_ms + self.backward_ms
 
 
-# -- trees -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Results:
+    """What was measured on what, as plain JSON types and rows."""
 
+    machine: str
+    torch: str
+    tree_attn: str
+    commit: str | None
+    dtype: str
+    heads: tuple[int, int, int]  # query heads, key/value heads, head dim
+    matmul_size: int
+    matmul_tflops: float
+    rows: list[Row]  # medians over the runs
+    runs: list[list[Row]]
 
-def tree(shape: str, large: bool) -> Nodes:
-    """The nodes of a shape: ``star`` one prompt with many responses (GRPO), ``agent`` a rollout tree that branches at
-    many turns, ``dpo`` several prompts with two responses each. Small ones have about 4 096 tokens."""
-    if shape == "star":
-        return _star(4096, 16, 1024) if large else _star(1024, 12, 256)
-    if shape == "dpo":
-        pair, count = (_star(1024, 2, 512), 8) if large else (_star(512, 2, 256), 4)
-        return [(p + i * len(pair) if p >= 0 else -1, n) for i in range(count) for p, n in pair]
-    return _agent(32768, 128, 1024) if large else _agent(4096, 32, 192)
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
 
-
-def _star(prompt: int, leaves: int, length: int) -> Nodes:
-    return [(-1, prompt)] + [(0, length)] * leaves
-
-
-def _agent(total: int, shortest: int, longest: int) -> Nodes:
-    rng = random.Random(7)
-    nodes: Nodes = []
-
-    def grow(parent: int, level: int, room: int) -> int:
-        length = min(rng.randint(shortest, longest), room)
-        me, room = len(nodes), room - length
-        nodes.append((parent, length))
-        for _ in range(rng.randint(2, 4) if level < 6 else 0):
-            if room > 0:
-                room = grow(me, level + 1, room)
-        return room
-
-    room = grow(-1, 0, total)
-    while room > 0:
-        room = grow(0, 1, room)
-    return nodes
-
-
-def leaf_paths(nodes: Nodes) -> list[list[int]]:
-    """Token positions of every root-to-leaf path, in depth-first order of the leaves."""
-    begin, at = [], 0
-    for _, length in nodes:
-        begin.append(at)
-        at += length
-    path: list[list[int]] = []
-    for (parent, length), first in zip(nodes, begin, strict=True):
-        path.append((path[parent] if parent >= 0 else []) + list(range(first, first + length)))
-    inner = {parent for parent, _ in nodes}
-    return [path[i] for i in range(len(nodes)) if i not in inner]
-
-
-# -- peers -----------------------------------------------------------------------------------------------------------
-
-# What a peer makes of the tree's q, k, v: the leaves it differentiates, a function that gives its output, the packed
-# positions that its output rows are for (None: all of them in order), and a note.
-Prepared = tuple[Sequence[Tensor], Callable[[], Tensor], Tensor | None, str]
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]
-
-
-def _tree_attn(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, nodes: Nodes) -> Prepared:
-    q, k, v = leaves = tuple(_leaf(x) for x in (q, k, v))
-    chosen = tree_attn.explain(q, k, v, mask).chosen
-    return leaves, lambda: tree_attention(q, k, v, mask), None, f"backend {chosen}"
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, nodes: Nodes) -> Prepared:
-    group = q.shape[1] // k.shape[1]
-    expanded = (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
-    q, k, v = leaves = tuple(_leaf(_heads_first(x)) for x in expanded)
-    dense = mask.dense()
-
-    def run() -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=dense)[0].transpose(0, 1)
-
-    return leaves, run, None, f"mask of {dense.numel() / 2**20:.0f} MiB"
-
-
-def _paths(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, nodes: Nodes) -> Prepared:
-    by_length: dict[int, list[list[int]]] = {}
-    for path in leaf_paths(nodes):
-        by_length.setdefault(len(path), []).append(path)
-    groups = [torch.tensor(paths, device=q.device) for paths in by_length.values()]  # (paths, length) each
-    calls = [tuple(_leaf(x[index].transpose(1, 2)) for x in (q, k, v)) for index in groups]
-
-    def run() -> Tensor:
-        outs = [
-            scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            for query, key, value in calls
-        ]
-        return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
-
-    rows = torch.cat([index.flatten() for index in groups])
-    return sum(calls, ()), run, rows, f"{len(rows):,} tokens in {sum(map(len, groups))} paths"
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, nodes: Nodes) -> Prepared:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    q, k, v = leaves = tuple(_leaf(_heads_first(x)) for x in (q, k, v))
-    end = mask.subtree_end
-
-    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return (key <= row) & (row < end[key])
-
-    # Compiled, it never holds the tokens times tokens matrix; on the CPU that would need a C++ compiler.
-    compile_it = q.device.type == "cuda"
-    blocks = create_block_mask(sees, None, None, mask.total, mask.total, device=str(q.device), _compile=compile_it)
-    compiled: Any = torch.compile(flex_attention)
-    return leaves, lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1), None, ""
-
-
-_PREPARE: dict[str, Callable[[Tensor, Tensor, Tensor, TreeMask, Nodes], Prepared]] = {
-    "tree_attn": _tree_attn,
-    "sdpa": _sdpa,
-    "paths": _paths,
-    "flex": _flex,
-}
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        """Raises ValueError if the text is not what :meth:`to_json` wrote."""
+        try:
+            found = json.loads(text)
+            rows = [Row(**row) for row in found.pop("rows")]
+            runs = [[Row(**row) for row in run] for run in found.pop("runs")]
+            return cls(**{**found, "heads": tuple(found["heads"])}, rows=rows, runs=runs)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is not what `tree-attn bench --json` prints ({error!r})") from error
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def run(
-    shapes: Sequence[str],
+def measure(
+    workloads: Sequence[str],
     peers: Sequence[str],
     setup: Setup,
-    on_start: Callable[[str, str], None] = lambda shape, peer: None,
-) -> list[Row]:
-    """Measure every peer on every shape, shapes first.
+    runs: int = 1,
+    on_start: Callable[[str, str], None] = lambda workload, peer: None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Results:
+    """Measure every peer on every workload, ``runs`` times all of it.
 
     Args:
-        shapes, peers: of ``SHAPES`` and ``PEERS``.
-        on_start: called with (shape, peer) before each measurement.
+        workloads, peers: of ``ALL_WORKLOADS`` and ``PEERS``.
+        on_start: called with (workload, peer) before each measurement.
+        on_row: called with what each measurement found.
 
     Raises:
-        ValueError: an unknown shape or peer.
+        ValueError: an unknown workload or peer.
     """
-    _check_names("shape", shapes, SHAPES)
+    _check_names("workload", workloads, ALL_WORKLOADS)
     _check_names("peer", peers, PEERS)
-    rows = []
-    for shape in shapes:
-        nodes = tree(shape, large=torch.device(setup.device).type == "cuda")
-        mask = TreeMask.from_nodes([p for p, _ in nodes], [n for _, n in nodes], device=setup.device)
-        generator = torch.Generator(setup.device).manual_seed(0)
-        q, k, v = (
-            torch.randn(mask.total, h, setup.head_dim, device=setup.device, dtype=setup.dtype, generator=generator)
-            for h in (setup.heads, setup.kv_heads, setup.kv_heads)
-        )
-        with torch.no_grad():
-            expected = tree_attention(q, k, v, mask)
-        for peer in peers:
-            on_start(shape, peer)
-            try:
-                rows.append(_measure(shape, peer, (q, k, v), mask, nodes, expected, setup))
-            except RuntimeError as error:
-                # A peer that this machine cannot run is a finding, told in the table. Ours is no peer: it must run.
-                if peer == "tree_attn":
-                    raise
-                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                rows.append(Row(shape, peer, mask.total, why_not=first_line[:160]))
-    return rows
+    on_gpu = torch.device(setup.device).type == "cuda"
+    size = 8192 if on_gpu else 1024
+    products: list[float] = []
+    found: list[list[Row]] = []
+    with torch.cuda.device(setup.device if on_gpu else -1):
+        for _ in range(runs):
+            products.append(matmul_tflops(size, setup))
+            found.append([])
+            for workload, peer in itertools.product(workloads, peers):
+                on_start(workload, peer)
+                found[-1].append(_row(workload, peer, setup))
+                on_row(found[-1][-1])
+    return Results(
+        machine(setup.device),
+        torch.__version__,
+        tree_attn.__version__,
+        commit(),
+        str(setup.dtype).removeprefix("torch."),
+        (setup.heads, setup.kv_heads, setup.head_dim),
+        size,
+        median(products),
+        [_typical(rows) for rows in zip(*found, strict=True)],
+        found,
+    )
 
 
-def _measure(
-    shape: str,
-    peer: str,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    mask: TreeMask,
-    nodes: Nodes,
-    expected: Tensor,
-    setup: Setup,
-) -> Row:
-    leaves, forward, rows, note = _PREPARE[peer](*qkv, mask, nodes)
-    out = forward()
-    want = (expected if rows is None else expected[rows]).double()
-    difference = float((out.detach().double() - want).norm() / want.norm())
-    grad = torch.randn_like(out)
-    out.backward(grad)  # the warm-up of the backward
-    del out, want
-    forwards, backwards = [], []
-    for _ in range(setup.repeats):
-        for leaf in leaves:
-            leaf.grad = None
-        begin = _now(setup.device)
-        out = forward()
-        between = _now(setup.device)
-        out.backward(grad)
-        end = _now(setup.device)
-        forwards.append(1e3 * (between - begin))
-        backwards.append(1e3 * (end - between))
-    return Row(shape, peer, mask.total, median(forwards), median(backwards), difference, note)
+def milliseconds(calls: Iterator[Callable[[], object]], device: str, seconds: float = 0.3, at_least: int = 5) -> float:
+    """Median time of calls, each prepared outside the clock; on a GPU between events, with the L2 cache emptied."""
+    timed = _timer(device)
+    next(calls)()
+    times: list[float] = []
+    while sum(times) < 1e3 * seconds or len(times) < at_least:
+        times.append(timed(next(calls)))
+    return median(times)
 
 
-def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _timer(device: str) -> Callable[[Callable[[], object]], float]:
+    """A function that calls another one and tells the milliseconds."""
+    if torch.device(device).type != "cuda":
+
+        def on_cpu(run: Callable[[], object]) -> float:
+            begin = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - begin)
+
+        return on_cpu
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device)
+
+    def on_gpu(run: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return on_gpu
 
 
-def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+def matmul_tflops(size: int, setup: Setup) -> float:
+    """TFLOP/s of a product of two square matrices, what no attention can exceed."""
+    a, b = (torch.randn(size, size, device=setup.device, dtype=setup.dtype) for _ in range(2))
+    return 2 * size**3 / 1e9 / milliseconds(itertools.repeat(lambda: a @ b), setup.device)
+
+
+def _row(workload: str, peer: str, setup: Setup) -> Row:
+    problem = _problem(workload, setup)
+    row = Row(workload, peer, problem.mask.total, problem.mask.visible_pairs())
+    try:
+        with PEERS[peer](problem) as attention:
+            return _measured(row, attention, problem)
+    except Exception as failure:  # compilers raise anything; a peer that cannot run is a finding. Ours must run.
+        if peer == "tree_attn":
+            raise
+        words = " ".join(str(failure).split()) or type(failure).__name__
+        return replace(row, why_not=textwrap.shorten(words, 200))
+    finally:
+        if torch.device(setup.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _problem(workload: str, setup: Setup) -> Problem:
+    nodes = ALL_WORKLOADS[workload]()
+    mask = tree_mask(nodes, setup.device)
+    generator = torch.Generator(setup.device).manual_seed(0)
+    kind: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype, "generator": generator}
+    q, k, v = (
+        torch.randn(mask.total, heads, setup.head_dim, **kind).requires_grad_()
+        for heads in (setup.heads, setup.kv_heads, setup.kv_heads)
+    )
+    return Problem(q, k, v, mask, nodes)
+
+
+def _measured(row: Row, attention: Attention, problem: Problem) -> Row:
+    device = str(problem.q.device)
+    found = error(attention.run().detach(), attention.rows, problem)
+    with torch.no_grad():
+        forward = milliseconds(itertools.repeat(attention.run), device)
+    backward = milliseconds(_backwards(attention), device)
+    work = row.visible_pairs * problem.q.shape[1] * problem.q.shape[2] / 1e9  # per millisecond, in TFLOP/s
+    return replace(
+        row,
+        forward_ms=forward,
+        backward_ms=backward,
+        forward_tflops=4 * work / forward,
+        backward_tflops=10 * work / backward,
+        error=found,
+        note=attention.note,
+    )
+
+
+def _backwards(attention: Attention) -> Iterator[Callable[[], object]]:
+    """Calls of the backward pass, each for a forward pass of its own: not every peer can repeat it."""
+    grad = torch.randn_like(attention.run())
+    while True:
+        yield functools.partial(torch.autograd.grad, attention.run(), attention.leaves, grad)
+
+
+@torch.no_grad()
+def error(out: Tensor, positions: Tensor | None, problem: Problem) -> float:
+    """Relative error of some rows of the output against float64.
+
+    Args:
+        positions: packed position of every row of ``out``; None: all of them in order.
+    """
+    q, k, v = (x.double() for x in problem.leaves)
+    some = torch.randint(len(out), (8,), generator=torch.Generator().manual_seed(0)).to(q.device)
+    rows = some if positions is None else positions[some]
+    seen = problem.mask.ranges().visible(rows, torch.arange(len(k), device=k.device))
+    grouped = q[rows].unflatten(1, (k.shape[1], -1))  # (rows, kv_heads, group, dim)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k) * q.shape[2] ** -0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    want = torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
+    return float((out[some].double() - want).norm() / want.norm())
+
+
+def _typical(rows: Sequence[Row]) -> Row:
+    """The medians of one measurement over the runs, or the first failure of it."""
+    failed = next((row for row in rows if row.why_not), None)
+    if failed is not None:
+        return failed
+    numbers = ("forward_ms", "backward_ms", "forward_tflops", "backward_tflops", "error")
+    return replace(rows[0], **{name: median(getattr(row, name) for row in rows) for name in numbers})
+
+
+def _check_names(what: str, names: Sequence[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"there is no {what} {name!r}; choose of: {', '.join(known)}")
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
+# -- where -----------------------------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> str:
@@ -294,50 +294,14 @@ def machine(device: str) -> str:
     return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
-def as_json(rows: Iterable[Row], setup: Setup) -> dict[str, Any]:
-    """The measurements as plain JSON types."""
-    return {
-        "machine": machine(setup.device),
-        "torch": torch.__version__,
-        "tree_attn": tree_attn.__version__,
-        "setup": {**asdict(setup), "dtype": str(setup.dtype).removeprefix("torch.")},
-        "rows": [{**asdict(row), "total_ms": row.total_ms} for row in rows],
-    }
-
-
-def plot(rows: Sequence[Row], setup: Setup, path: Path) -> None:
-    """Bars of forward and backward, one group a shape."""
-    from matplotlib.figure import Figure
-
-    colours = {"tree_attn": "#274a8a", "sdpa": "#4aa9ad", "paths": "#9aa5b1", "flex": "#d9a441"}
-    shapes = list(dict.fromkeys(row.shape for row in rows))
-    fig = Figure(figsize=(7.4, 1.0 + 0.33 * len(rows) + 0.3 * len(shapes)), dpi=140, layout="constrained")
-    axes = fig.subplots()
-    ticks, names, at = [], [], 0.0
-    for shape in shapes:
-        of_shape = [row for row in rows if row.shape == shape]
-        axes.text(0, at - 0.85, f"{shape}, {of_shape[0].tokens:,} tokens", fontsize=9, fontweight="bold", va="center")
-        for row in of_shape:
-            ticks.append(at)
-            names.append(row.peer)
-            if row.forward_ms is None or row.backward_ms is None:
-                axes.text(0, at, f" {textwrap.shorten(row.why_not, 100)}", fontsize=7.5, va="center", color="#666666")
-            else:
-                axes.barh(at, row.forward_ms, height=0.75, color=colours[row.peer])
-                axes.barh(at, row.backward_ms, left=row.forward_ms, height=0.75, color=colours[row.peer], alpha=0.55)
-                both = row.forward_ms + row.backward_ms
-                axes.text(both, at, f" {both:,.1f} ms", fontsize=8, va="center")
-            at += 1
-        at += 1.3
-    axes.set_yticks(ticks, names, fontsize=8)
-    axes.set_ylim(at - 1.4, -1.5)
-    axes.margins(x=0.15)
-    axes.set_xlabel("milliseconds: forward (dark) and backward (light)", fontsize=9)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    heads = (
-        f"{setup.heads}/{setup.kv_heads} heads, head dim {setup.head_dim}, {str(setup.dtype).removeprefix('torch.')}"
-    )
-    axes.set_title(f"{machine(setup.device)}, torch {torch.__version__}\n{heads}", fontsize=9, loc="left")
-    fig.savefig(path)
+def commit() -> str | None:
+    """The commit of this checkout; where the sources have no history, the one that the library was built from."""
+    root = Path(tree_attn.__file__).parents[1]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if said:
+            return said
+    library = _kernels.load()
+    found = library.build.get("commit") if isinstance(library, _kernels.Kernels) else None
+    return None if found is None else str(found)
