@@ -1,6 +1,7 @@
 // One instance of the Hopper backward; the build compiles this file once for every (dtype, head dim, value dim).
 #include <algorithm>
 
+#include "../shared_memory.h"
 #include "backward.cuh"
 #include "instances.h"
 #include "maps.h"
@@ -23,15 +24,14 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
       !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
     return cudaErrorInvalidValue;
 
+  const auto kernel =
+      args.scaling.capped ? hopper::backward_kernel<Tiles, true> : hopper::backward_kernel<Tiles, false>;
   int device = 0, processors = 0;
-  constexpr int kFinishSmem = 2 * Tiles::kKBytes;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(hopper::backward_kernel<Tiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(hopper::split_tiles_kernel<Tiles, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kFinishSmem);
+    error = args.scaling.capped ? allow_shared_memory<hopper::backward_kernel<Tiles, true>>(Tiles::kSmem)
+                                : allow_shared_memory<hopper::backward_kernel<Tiles, false>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
 
   portable::launch_plan<Tiles>(args, stream);
@@ -39,9 +39,9 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;
   hopper::split_tiles_kernel<Tiles, false><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
   const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
-  hopper::backward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
+  kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
   hopper::finish_q_kernel<Tiles><<<dim3(args.work.padded_rows / Tiles::kRows, kv_heads), kFinishThreads, 0, stream>>>(args);
-  hopper::split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), kFinishThreads, kFinishSmem, stream>>>(args);
+  hopper::split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

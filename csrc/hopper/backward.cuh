@@ -1,14 +1,21 @@
 // Backward on Hopper: a block takes 128 keys of one key/value head, 64 a consumer, and walks the rows that see them.
 //
-//   producer:  takes items (a key tile against a band of rows, listed by the portable kernels) from a counter; sends K and
-//              V of each, then Q, dO and the statistics of one row tile after another through a ring of kStages
+//   producer:  takes items (a key tile against a band of rows, listed by the portable kernels) from a counter; sends K
+//              and V of each, then Q, dO and the statistics of one row tile after another through a ring of kStages
 //   consumer:  S' = K Q^T;  D' = V dO^T;  P' = exp(S' - lse);  dS' = P' (D' - delta)
-//              dV += P' dO;  dQ[row tile] += dS K;  dK += dS' Q
+//              dV += P' dO;  dQ[row tile before] += dS K;  dK += dS' Q
 //
-// Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers. For
-// dQ the dS' of both consumers meet in shared memory, two buffers in turn; each consumer computes 64 x 64 of dQ and adds
-// them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the next item come
-// while one is computed.
+// Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers.
+// For dQ the dS' of both consumers meet in shared memory, in kScores buffers in turn; each consumer computes 64 x 64 of
+// dQ and adds them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the
+// next item come while one is computed.
+//
+// dQ is computed one row tile late, across the ends of items. Then a consumer rarely waits for the other: they run
+// about half a row tile apart, and one multiplies while the other has its exponentials. Nobody waits in a circle,
+// because in the order "send row tile t; consumer 0 computes t; consumer 1 computes t; send t + 1; ..." every wait
+// comes after what it waits for: dQ of t - 1 needs dS of t - 1; dS of t a buffer whose dQ was finished with row tile
+// t - 1 or before; row tile t a stage that t - 2 has released; an item the place of the one before the last, released
+// with the first message of the last, of which every item has at least one.
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -25,7 +32,7 @@ template <typename T_, int kDim_>
 struct BackwardTiles {
   using T = T_;
   static constexpr int kDim = kDim_, kKeys = 128, kRows = row_tile(kDim_);
-  static constexpr int kStages = 2, kItems = 2;  // of row tiles, and of key tiles
+  static constexpr int kStages = 2, kItems = 2, kScores = 2;  // buffers of row tiles, key tiles and dS'
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
@@ -33,6 +40,13 @@ struct BackwardTiles {
   // dQ is 128 x 64 or 64 x 128: a consumer takes half of the rows, or of the columns.
   static constexpr bool kDqByRows = kRows == 128;
   static_assert((kRows == 128 && kDim == 64) || (kRows == 64 && kDim == 128));
+  static_assert(kItems == 2 && kScores >= 2, "dQ comes late: the keys and dS' of the row tile before are still needed");
+
+  // Consumer 1 begins once consumer 0 has its first exponentials behind it.
+  static constexpr bool kStagger = true;
+  // Registers of a thread. The shares of three warpgroups are at most 3 * 168, what the launch gives them; with more
+  // they would wait for ever.
+  static constexpr int kProducerRegisters = kDim == 64 ? 40 : 56, kConsumerRegisters = kDim == 64 ? 232 : 224;
 
   // Registers of one thread that are added up in global memory.
   static constexpr int kDqRegisters = 32, kDkRegisters = kGroupKeys * kDim / kGroupThreads;
@@ -48,9 +62,10 @@ struct BackwardTiles {
   struct Smem {
     Item items[kItems];
     Stage stages[kStages];
-    char ds[2][kSBytes];
+    char ds[kScores][kSBytes];
     float log2_sums[kStages][kRows], deltas[kStages][kRows];
     uint64_t item_full[kItems], item_empty[kItems], full[kStages], empty[kStages];
+    uint64_t ds_full[kScores], ds_empty[kScores];
     int4 item[kItems];      // key tile or -1 for the end, key/value head, 1 if the tile has other items
     int row_tile[kStages];  // first row + kPartial + kLast, or -1 for an item without any
   };
@@ -58,11 +73,19 @@ struct BackwardTiles {
   static_assert(kSmem <= 227 * 1024);
 };
 
+// Where one is in a ring of kCount places: at which, and the parity of the phase of its barriers.
+template <int kCount>
+struct Ring {
+  unsigned steps = 0;
+  __device__ __forceinline__ int place() const { return steps % kCount; }
+  __device__ __forceinline__ int parity() const { return steps / kCount & 1; }
+};
+
 constexpr int kPartial = 2, kLast = 1;  // row tiles begin at multiples of 64
 
 template <typename Tiles>
-__device__ __forceinline__ void produce(const BackwardArguments& args, const CUtensorMap* q_map, const CUtensorMap* o_map,
-                                        const CUtensorMap* k_map, const CUtensorMap* v_map,
+__device__ __forceinline__ void produce(const BackwardArguments& args, const CUtensorMap* q_map,
+                                        const CUtensorMap* o_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                                         typename Tiles::Smem& smem) {
   constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys, kSlabs = Tiles::kDim / 64;
   const Backward& call = args.call;
@@ -70,89 +93,105 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   const Workspace& work = args.work;
   const int group = args.rows.group.divisor, items = work.counters[1];
   const auto at = [](auto& x) { return smem_address(&x); };
-  int stage = 0, parity = 1, slot = 0, item_parity = 1;  // a fresh barrier counts as one whose phase before has completed
+  Ring<Tiles::kStages> stages;
+  Ring<Tiles::kItems> slots;
 
-  for (;;) {
-    const int taken = atomicAdd(work.counters, 1), kv_head = taken / items;
-    const uint32_t item_full = at(smem.item_full[slot]);
-    barrier_wait(at(smem.item_empty[slot]), item_parity);
-    if (kv_head >= sizes.kv_heads) {
-      smem.item[slot] = {-1, 0, 0, 0};
-      barrier_arrive(item_full);
-      return;
-    }
-    const int4 item = work.items[taken - kv_head * items];
-    const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
-    smem.item[slot] = {tile, kv_head, item.w, 0};
-    barrier_arrive_expect(item_full, 2 * Tiles::kKBytes);
+  // A fresh barrier counts as one whose phase before is over, so all places are free at first.
+  const auto send = [&](int message, int kv_head) {
+    const int stage = stages.place();
+    barrier_wait(at(smem.empty[stage]), stages.parity() ^ 1);
+    smem.row_tile[stage] = message;
+    const uint32_t full = at(smem.full[stage]);
+    if (message < 0) {
+      barrier_arrive(full);
+    } else {
+      const int row0 = message & ~(kPartial | kLast), token = args.rows.first_token(row0);
+      const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
+      barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      tma_load(at(smem.items[slot].k) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
-      tma_load(at(smem.items[slot].v) + slab * Tiles::kKSlab, v_map, item_full, slab * 64, kv_head, k0);
-    }
-    if (++slot == Tiles::kItems) slot = 0, item_parity ^= 1;
-
-    const auto send = [&](int message) {
-      barrier_wait(at(smem.empty[stage]), parity);
-      smem.row_tile[stage] = message;
-      if (message < 0) {
-        barrier_arrive(at(smem.full[stage]));
-      } else {
-        const int row0 = message & ~(kPartial | kLast), token = args.rows.first_token(row0);
-        const uint32_t full = at(smem.full[stage]);
-        const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
-        barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
-#pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab) {
-          tma_load(at(smem.stages[stage].q) + slab * Tiles::kQSlab, q_map, full, slab * 64, kv_head * group, token);
-          tma_load(at(smem.stages[stage].grad_out) + slab * Tiles::kQSlab, o_map, full, slab * 64, kv_head * group, token);
-        }
-        const int64_t from = static_cast<int64_t>(kv_head) * work.padded_rows + row0;
-        bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
-        bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        const int bytes = slab * Tiles::kQSlab, head = kv_head * group;
+        tma_load(at(smem.stages[stage].q) + bytes, q_map, full, slab * 64, head, token);
+        tma_load(at(smem.stages[stage].grad_out) + bytes, o_map, full, slab * 64, head, token);
       }
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
-    };
+      const int64_t from = static_cast<int64_t>(kv_head) * work.padded_rows + row0;
+      bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
+      bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
+    }
+    ++stages.steps;
+  };
+
+  for (bool ends = false; !ends; ++slots.steps) {
+    const int taken = atomicAdd(work.counters, 1), kv_head = taken / items, slot = slots.place();
+    ends = kv_head >= sizes.kv_heads;
+    const int4 item = ends ? int4{0, 0, 0, 0} : work.items[taken - kv_head * items];
+    const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
+    const uint32_t item_full = at(smem.item_full[slot]);
+    barrier_wait(at(smem.item_empty[slot]), slots.parity() ^ 1);
+    smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, 0};
+    if (ends) {
+      barrier_arrive(item_full);
+    } else {
+      barrier_arrive_expect(item_full, 2 * Tiles::kKBytes);
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        tma_load(at(smem.items[slot].k) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
+        tma_load(at(smem.items[slot].v) + slab * Tiles::kKSlab, v_map, item_full, slab * 64, kv_head, k0);
+      }
+    }
 
     const KeySpan keys = KeySpan::load<kKeys>(call.mask, k0, sizes.keys);
     const int full_from = args.rows.first_row(min(keys.begin.high, sizes.rows));
     const int full_to = k0 + kKeys <= sizes.keys ? args.rows.first_row(min(keys.end.low, sizes.rows)) : 0;
+    // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
+    int row0 = item.y + (row_tiles > 0 ? tile % row_tiles * kRows : 0);
     int held = -1;  // the message before goes out when it is known whether it is the last
-    for (int i = 0; i < row_tiles; ++i) {
-      // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
-      const int row0 = item.y + (i + tile) % row_tiles * kRows;
-      bool needed = true, full = row0 >= full_from && row0 + kRows <= full_to;
-      if (call.mask.window) {
-        const int first = args.rows.first_token(row0);
-        const RowSpan rows = row_span(call.mask, first, min(first + args.rows.tokens.divisor, sizes.rows));
-        needed = keys.needed(call.mask, rows);
-        full = full && keys.full(call.mask, rows);
+    for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
+      bool full = row0 >= full_from && row0 + kRows <= full_to;
+      if (left > 0 && call.mask.window) {
+        const int first = args.rows.first_token(row0), end = min(first + args.rows.tokens.divisor, sizes.rows);
+        const Bounds depth = bounds_of(call.mask.q_depth_bounds, first, end);
+        if (depth.low - keys.depth.high >= call.mask.window) continue;
+        full = full && depth.high - keys.depth.low < call.mask.window;
       }
-      if (!needed) continue;
-      if (held >= 0) send(held);
+      if (held >= 0 || left == 0) send(held >= 0 && left == 0 ? held + kLast : held, kv_head);
       held = row0 + (full ? 0 : kPartial);
     }
-    send(held >= 0 ? held + kLast : -1);
   }
 }
 
-// dK and dV registers -> smem -> gmem, by the two consumers' threads, from kFirstThread of the block on.
-template <typename Tiles, int kFirstThread, typename Sync>
-__device__ __forceinline__ void store_grad_kv(const BackwardArguments& args, char* k_tile, char* v_tile, int kv_head,
-                                              int k0, float (&dk)[Tiles::kDim / 8][4], float (&dv)[Tiles::kDim / 8][4],
-                                              Sync sync) {
+// dK or dV of a warp's 16 keys, registers -> smem -> gmem, by this warp alone. `tile` is laid out as V: a consumer
+// writes to what only it has read.
+template <typename Tiles>
+__device__ __forceinline__ void store_keys(char* tile, const Tensor3& x, int k0, int keys, int kv_head, int cols,
+                                           int warp, const float (&c)[Tiles::kDim / 8][4]) {
   using T = typename Tiles::T;
-  using Copy = portable::TileCopy<T, Tiles::kDim, Tiles::kKeys, Tiles::kConsumers * Tiles::kGroupThreads, kFirstThread>;
+  using Slab = float[1][8][4];
+  const int lane = threadIdx.x % kWarp, row = warp * 16 + lane / 8, chunk = lane % 8;
+#pragma unroll
+  for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+    portable::store_accumulators<T, 64>(tile + slab * Tiles::kKSlab, warp * 16, 0,
+                                        reinterpret_cast<const Slab&>(c[slab * 8]));
+  __syncwarp();
+  T* const to = static_cast<T*>(x.data) + (k0 + row) * x.token_stride + kv_head * x.head_stride + chunk * 8;
+#pragma unroll
+  for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
+#pragma unroll
+    for (int i = 0; i < 16; i += 4)
+      if (k0 + row + i < keys && slab * 64 + chunk * 8 < cols)
+        *reinterpret_cast<int4*>(to + i * x.token_stride + slab * 64) =
+            *reinterpret_cast<const int4*>(tile + slab * Tiles::kKSlab + SmemTile<64>::offset(row + i, chunk));
+  __syncwarp();
+}
+
+template <typename Tiles>
+__device__ __forceinline__ void store_grad_kv(const BackwardArguments& args, char* tile, int kv_head, int k0, int warp,
+                                              float (&dk)[Tiles::kDim / 8][4], const float (&dv)[Tiles::kDim / 8][4]) {
   const Sizes& sizes = args.call.sizes;
-  const int first_key = (threadIdx.x - kFirstThread) / kWarp * 16;
 #pragma unroll
   for (int i = 0; i < Tiles::kDkRegisters; ++i) (&dk[0][0])[i] *= args.scaling.scale;
-  using Rows = float[1][Tiles::kDim / 8][4];
-  portable::store_accumulators<T, Tiles::kDim>(k_tile, first_key, 0, reinterpret_cast<Rows&>(dk));
-  portable::store_accumulators<T, Tiles::kDim>(v_tile, first_key, 0, reinterpret_cast<Rows&>(dv));
-  sync();
-  Copy::store_keys(k_tile, args.call.grad_k, k0, sizes.keys, kv_head, sizes.head_dim);
-  Copy::store_keys(v_tile, args.call.grad_v, k0, sizes.keys, kv_head, sizes.value_dim);
+  store_keys<Tiles>(tile, args.call.grad_v, k0, sizes.keys, kv_head, sizes.value_dim, warp, dv);
+  store_keys<Tiles>(tile, args.call.grad_k, k0, sizes.keys, kv_head, sizes.head_dim, warp, dk);
 }
 
 // Where a warp's registers of dQ, and of dK and dV, are added up.
@@ -169,10 +208,10 @@ __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int 
          warp * (2 * Tiles::kDkRegisters * kWarp);
 }
 
-template <typename Tiles>
+template <typename Tiles, bool kCapped>
 __device__ __forceinline__ void consume(const BackwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
-  constexpr int kRows = Tiles::kRows, kRowTiles = kRows / 8, kDim = Tiles::kDim, kConsumerThreads = 2 * 128;
+  constexpr int kRows = Tiles::kRows, kRowTiles = kRows / 8, kDim = Tiles::kDim;
   const Backward& call = args.call;
   const Sizes& sizes = call.sizes;
   const Mask& mask = call.mask;
@@ -180,18 +219,44 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const int consumer = threadIdx.x / Tiles::kGroupThreads - 1, warp = threadIdx.x / kWarp - 4;  // of all consumers
   const int lane = threadIdx.x % kWarp;
   const uint32_t own_rows = consumer * Tiles::kGroupKeys * 128;  // of this consumer's keys in a slab of K or V
-  const auto sync = [] { named_sync(1, kConsumerThreads); };
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
     __syncwarp();
     if (lane == 0) barrier_arrive(at(barrier));
   };
 
-  int stage = 0, parity = 0, slot = 0, item_parity = 0, buffer = 0;
+  Ring<Tiles::kStages> stages;
+  Ring<Tiles::kItems> slots;
+  Ring<Tiles::kScores> scores;
+
+  // The row tile before, whose dQ is to come: its number among those of all heads * kItems + where its keys are;
+  // negative for none. Its dS' are at the place before in the ring.
+  int late = -1;
+  const auto late_slot = [&] { return late & (Tiles::kItems - 1); };
+  const auto late_product = [&](float (&dq)[8][4]) {
+    const Ring<Tiles::kScores> before{scores.steps - 1};
+    barrier_wait(at(smem.ds_full[before.place()]), before.parity());
+    const uint32_t ds = at(smem.ds[before.place()]) + (Tiles::kDqByRows ? consumer * Tiles::kSSlab : 0);
+    const uint32_t k = at(smem.items[late_slot()].k) + (Tiles::kDqByRows ? 0 : consumer * Tiles::kKSlab);
+    const uint64_t a = descriptor_mn_major(ds, Tiles::kSSlab), b = descriptor_mn_major(k, Tiles::kKSlab);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tiles::kKeys / 16; ++step)
+      Wgmma<T, 64>::template ss<true, true>(dq, descriptor_at(a, step * 16 * 128), descriptor_at(b, step * 16 * 128),
+                                            step > 0);
+    wgmma_commit();
+  };
+  const auto late_add = [&](const float (&dq)[8][4]) {
+    float* to = grad_q_of<Tiles>(args.work, 0, 0, warp) + int64_t{late / Tiles::kItems} * (kRows * kDim);
+    asm volatile("" : "+l"(to));  // one pointer and eight immediates, not eight pointers
+    portable::add_registers<Tiles::kDqRegisters>(to, &dq[0][0]);
+    release(smem.ds_empty[Ring<Tiles::kScores>{scores.steps - 1}.place()]);
+    if (late_slot() != slots.place()) release(smem.item_empty[late_slot()]);  // it was the last of its item
+  };
+
   for (;;) {
-    barrier_wait(at(smem.item_full[slot]), item_parity);
-    const int4 item = smem.item[slot];
-    if (item.x < 0) return;
-    const int k0 = item.x * Tiles::kKeys, kv_head = item.y;
+    const int slot = slots.place();
+    barrier_wait(at(smem.item_full[slot]), slots.parity());
+    const int4& item = smem.item[slot];  // left there, since registers are short
 
     float dk[kDim / 8][4], dv[kDim / 8][4];
 #pragma unroll
@@ -201,27 +266,34 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
 
     int message;
     do {
-      barrier_wait(at(smem.full[stage]), parity);
+      const int stage = stages.place();
+      barrier_wait(at(smem.full[stage]), stages.parity());
       message = smem.row_tile[stage];
       if (message >= 0) {
         const int row0 = message & ~(kPartial | kLast);
         const uint32_t q = at(smem.stages[stage].q), grad_out = at(smem.stages[stage].grad_out);
-        const uint32_t k = at(smem.items[slot].k), v = at(smem.items[slot].v), ds = at(smem.ds[buffer]);
+        // S' and D' run along the columns of all four, dV and dK along the rows of Q and dO.
+        const uint64_t k_along = descriptor_k_major(at(smem.items[slot].k) + own_rows);
+        const uint64_t v_along = descriptor_k_major(at(smem.items[slot].v) + own_rows);
+        const uint64_t q_along = descriptor_k_major(q), grad_out_along = descriptor_k_major(grad_out);
+        const uint64_t q_down = descriptor_mn_major(q, Tiles::kQSlab);
+        const uint64_t grad_out_down = descriptor_mn_major(grad_out, Tiles::kQSlab);
         float s[kRowTiles][4], d[kRowTiles][4];
 
+        const bool starts = Tiles::kStagger && late < 0;
+        if (starts && consumer == 1) named_sync(3, Tiles::kConsumers * Tiles::kGroupThreads);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kDim / 16; ++step)
-          Wgmma<T, kRows>::ss(s, descriptor_k_major(k + own_rows + step / 4 * Tiles::kKSlab + step % 4 * 32),
-                              descriptor_k_major(q + step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
+          Wgmma<T, kRows>::ss(s, descriptor_at(k_along, step / 4 * Tiles::kKSlab + step % 4 * 32),
+                              descriptor_at(q_along, step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
         wgmma_commit();
 #pragma unroll
         for (int step = 0; step < kDim / 16; ++step)
-          Wgmma<T, kRows>::ss(d, descriptor_k_major(v + own_rows + step / 4 * Tiles::kKSlab + step % 4 * 32),
-                              descriptor_k_major(grad_out + step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
+          Wgmma<T, kRows>::ss(d, descriptor_at(v_along, step / 4 * Tiles::kKSlab + step % 4 * 32),
+                              descriptor_at(grad_out_along, step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
         wgmma_commit();
 
-        const bool capped = args.scaling.capped;
         const auto exponentials = [&](int n, float (&x)[4]) {
           const float2 sums = *reinterpret_cast<const float2*>(smem.log2_sums[stage] + n * 8 + (lane % 4) * 2);
 #pragma unroll
@@ -229,47 +301,64 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
             x[e] = exp2_approx(x[e] * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
         };
         wgmma_wait<1>();
-        if (capped) {
+        if constexpr (kCapped) {
 #pragma unroll
           for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
         }
-        uint32_t hidden[kRowTiles / 8] = {};  // one bit for each score of this thread
         if (message & kPartial) {
-          int2 seen[2];  // the packed rows that see this thread's keys
-          int key_depth[2];
+          const int row = row0 + (lane % 4) * 2;  // of this thread's first score
+          int first[2], end[2], key_depth[2];     // the rows that see this thread's keys, counted from that
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int key = k0 + warp * 16 + h * 8 + lane / 4;
+            const int key = item.x * Tiles::kKeys + warp * 16 + h * 8 + lane / 4;
             const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
-            seen[h] = {args.rows.first_row(min(tokens.x, sizes.rows)), args.rows.first_row(min(tokens.y, sizes.rows))};
+            first[h] = args.rows.first_row(min(tokens.x, sizes.rows)) - row;
+            end[h] = args.rows.first_row(min(tokens.y, sizes.rows)) - row;
             key_depth[h] = mask.window && key < sizes.keys ? __ldg(mask.k_depth + key) : 0;
           }
 #pragma unroll
           for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int row = row0 + n * 8 + (lane % 4) * 2 + e % 2;
-              bool visible = row >= seen[e / 2].x && row < seen[e / 2].y;
-              if (mask.window && visible)
-                visible = __ldg(mask.q_depth + args.rows.token(row)) - key_depth[e / 2] < mask.window;
-              if (!visible) s[n][e] = negative_infinity(), hidden[n / 8] |= 1u << (n % 8 * 4 + e);
-            }
-        }
-        if (!capped) {
+            for (int e = 0; e < 4; ++e)
+              if (n * 8 + e % 2 < first[e / 2] || n * 8 + e % 2 >= end[e / 2]) s[n][e] = negative_infinity();
+          if (mask.window) {
+            int depths[kRows / kWarp];  // of the rows: each lane brings some
 #pragma unroll
-          for (int n = 0; n < kRowTiles; ++n) exponentials(n, s[n]);
+            for (int i = 0; i < kRows / kWarp; ++i)
+              depths[i] = __ldg(mask.q_depth + args.rows.token(row0 + i * kWarp + lane));
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const int depth = __shfl_sync(~0u, depths[n / 4], n % 4 * 8 + (lane % 4) * 2 + e);
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  if (depth - key_depth[h] >= mask.window) s[n][2 * h + e] = negative_infinity();
+              }
+          }
         }
+        if constexpr (!kCapped) {
+#pragma unroll
+          for (int n = 0; n < kRowTiles; ++n) {
+            exponentials(n, s[n]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) compute_now(s[n][e]);
+          }
+        }
+        if (starts && consumer == 0) named_arrive(3, Tiles::kConsumers * Tiles::kGroupThreads);
 
         uint32_t p[kRowTiles / 2][4], w[kRowTiles / 2][4];  // P' and dS'
+        // The branches of this wait also keep the exponentials before the next: ptxas moves none across.
+        barrier_wait(at(smem.ds_empty[scores.place()]), scores.parity() ^ 1);
         wgmma_wait<0>();
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
           const float2 deltas = *reinterpret_cast<const float2*>(smem.deltas[stage] + n * 8 + (lane % 4) * 2);
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[n][e] -= e % 2 ? deltas.y : deltas.x;
-          if (capped) {  // S' still holds what the cap made; its derivative goes into dS'
+          if constexpr (kCapped) {  // S' still holds what the cap made; its derivative goes into dS'
 #pragma unroll
             for (int e = 0; e < 4; ++e) d[n][e] *= 1.f - s[n][e] * s[n][e];
             exponentials(n, s[n]);
@@ -282,7 +371,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
           for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-              if (hidden[n / 8] >> (n % 8 * 4 + e) & 1) d[n][e] = 0.f;
+              if (s[n][e] == 0.f) d[n][e] = 0.f;
         }
         to_operand<T>(p, s);
         to_operand<T>(w, d);
@@ -290,57 +379,56 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kRows / 16; ++step)
-          Wgmma<T, kDim>::template rs<true>(dv, p[step], descriptor_mn_major(grad_out + step * 16 * 128, Tiles::kQSlab),
-                                            true);
+          Wgmma<T, kDim>::template rs<true>(dv, p[step], descriptor_at(grad_out_down, step * 16 * 128), true);
         wgmma_commit();
 
-        char* const mine = smem.ds[buffer];
+        const uint32_t mine = at(smem.ds[scores.place()]) + SmemTile<64>::offset(warp * 16 + lane % 16, lane / 16);
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            *reinterpret_cast<uint32_t*>(mine + n / 8 * Tiles::kSSlab +
-                                         SmemTile<64>::offset(warp * 16 + h * 8 + lane / 4, n % 8) + (lane % 4) * 4) =
-                w[n / 2][n % 2 * 2 + h];
+        for (int i = 0; i < kRowTiles / 2; ++i)
+          store_matrix_x4(SmemTile<64>::advance(mine, i % 4 * 2) + i / 4 * Tiles::kSSlab, w[i][0], w[i][1], w[i][2],
+                          w[i][3]);
         proxy_fence();
-        sync();
+        release(smem.ds_full[scores.place()]);
+
         float dq[8][4];
-        const uint32_t a = ds + (Tiles::kDqByRows ? consumer * Tiles::kSSlab : 0);
-        const uint32_t b = k + (Tiles::kDqByRows ? 0 : consumer * Tiles::kKSlab);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Tiles::kKeys / 16; ++step)
-          Wgmma<T, 64>::template ss<true, true>(dq, descriptor_mn_major(a + step * 16 * 128, Tiles::kSSlab),
-                                                descriptor_mn_major(b + step * 16 * 128, Tiles::kKSlab), step > 0);
-        wgmma_commit();
-        buffer ^= 1;
+        late_product(dq);  // of whatever is there when none is to come
 #pragma unroll
         for (int step = 0; step < kRows / 16; ++step)
-          Wgmma<T, kDim>::template rs<true>(dk, w[step], descriptor_mn_major(q + step * 16 * 128, Tiles::kQSlab), true);
+          Wgmma<T, kDim>::template rs<true>(dk, w[step], descriptor_at(q_down, step * 16 * 128), true);
         wgmma_commit();
         wgmma_wait<1>();
-        portable::add_registers<Tiles::kDqRegisters>(grad_q_of<Tiles>(args.work, kv_head, row0, warp), &dq[0][0]);
+        if (late >= 0) late_add(dq);
+        late = (item.y * args.work.padded_rows + row0) / kRows * Tiles::kItems + slot;
+        ++scores.steps;
         wgmma_wait<0>();
+      } else if (late >= 0) {  // its keys make room for the next item, and nothing may come after this one
+        float dq[8][4];
+        late_product(dq);
+        wgmma_wait<0>();
+        late_add(dq);
+        late = -1;
       }
       release(smem.empty[stage]);
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      ++stages.steps;
     } while (message >= 0 && !(message & kLast));
+    if (item.x < 0) return;
 
     if (item.z) {
-      float* to = grad_kv_of<Tiles>(args, kv_head, item.x, warp);
+      float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
     } else {
-      sync();  // both consumers have read K and V; their place takes dK and dV
-      store_grad_kv<Tiles, Tiles::kGroupThreads>(args, smem.items[slot].k, smem.items[slot].v, kv_head, k0, dk, dv, sync);
+      // Once all warps of this consumer are finished with its half of V, that takes dV and then dK.
+      named_sync(1 + consumer, Tiles::kGroupThreads);
+      store_grad_kv<Tiles>(args, smem.items[slot].v, item.y, item.x * Tiles::kKeys, warp, dk, dv);
       proxy_fence();
     }
-    release(smem.item_empty[slot]);
-    if (++slot == Tiles::kItems) slot = 0, item_parity ^= 1;
+    if (late < 0) release(smem.item_empty[slot]);  // no dQ that needs its keys
+    ++slots.steps;
   }
 }
 
-template <typename Tiles>
+template <typename Tiles, bool kCapped>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ CUtensorMap q_map,
                     const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
@@ -357,6 +445,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.full[i]), 1);
       barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases);
     }
+    for (int i = 0; i < Tiles::kScores; ++i) {
+      barrier_init(smem_address(&smem.ds_full[i]), Tiles::kReleases);
+      barrier_init(smem_address(&smem.ds_empty[i]), Tiles::kReleases);
+    }
     barrier_init_fence();
   }
   if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
@@ -368,12 +460,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {
-    // 56 + 2 * 224 = 3 * 168, what the launch gives three warpgroups; with more they would wait for ever.
-    registers_decrease<56>();
+    registers_decrease<Tiles::kProducerRegisters>();
     if (threadIdx.x == 0) produce<Tiles>(args, &q_map, &o_map, &k_map, &v_map, smem);
   } else {
-    registers_increase<224>();
-    consume<Tiles>(args, smem);
+    registers_increase<Tiles::kConsumerRegisters>();
+    consume<Tiles, kCapped>(args, smem);
   }
 }
 
@@ -409,12 +500,11 @@ __global__ void __launch_bounds__(kFinishThreads) split_tiles_kernel(const __gri
     for (int i = 0; i < 2 * Tiles::kDkRegisters / 4; ++i)
       reinterpret_cast<float4*>(sums)[i * kWarp + threadIdx.x % kWarp] = {0.f, 0.f, 0.f, 0.f};
   } else {
-    extern __shared__ __align__(1024) char smem[];
+    __shared__ __align__(1024) char staging[Tiles::kKBytes];
     float dk[Tiles::kDim / 8][4], dv[Tiles::kDim / 8][4];
     portable::read_registers<Tiles::kDkRegisters>(&dk[0][0], sums);
     portable::read_registers<Tiles::kDkRegisters>(&dv[0][0], sums + Tiles::kDkRegisters * kWarp);
-    store_grad_kv<Tiles, 0>(args, smem, smem + Tiles::kKBytes, kv_head, tile * Tiles::kKeys, dk, dv,
-                            [] { __syncthreads(); });
+    store_grad_kv<Tiles>(args, staging, kv_head, tile * Tiles::kKeys, warp, dk, dv);
   }
 }
 

@@ -1,14 +1,22 @@
 // One instance of the Hopper forward; the build compiles this file once for every (dtype, head dim, value dim).
 #include <algorithm>
 
+#include "../shared_memory.h"
 #include "forward.cuh"
 #include "instances.h"
 #include "maps.h"
 
+#ifndef TA_VST
+#define TA_VST 2
+#endif
+#ifndef TA_KEYS
+#define TA_KEYS 160
+#endif
 namespace tree_attn::hopper {
+constexpr int kForwardKeys = TA_KEYS;
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
-  using Tiles = ForwardTiles<T, kDim, kValueDim, 128>;
+  using Tiles = ForwardTiles<T, kDim, kValueDim, kForwardKeys, TA_VST, 2>;
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = std::min(Tiles::kRows / group, s.rows);
   const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;
@@ -16,21 +24,22 @@ cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
                               row_tiles,    row_tiles * s.kv_heads, call.scratch,
                               Scaling(call.scale, call.softcap)};
 
-  CUtensorMap q_map, k_map, v_map;
-  if (!make_map<T>(&q_map, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
-      !make_map<T>(&k_map, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kBlockKeys) ||
-      !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kBlockKeys))
+  ForwardMaps maps;
+  if (!make_map<T>(&maps.q, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
+      !make_map<T>(&maps.k, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kBlock) ||
+      !make_map<T>(&maps.v, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kBlock) ||
+      !make_map<T>(&maps.k_tile, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kKeys) ||
+      !make_map<T>(&maps.v_tile, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
     return cudaErrorInvalidValue;
 
-  auto* kernel = forward_kernel<Tiles>;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSmem);
-  if (error == cudaSuccess) error = cudaMemsetAsync(call.scratch, 0, sizeof(int), stream);
+  if (error == cudaSuccess) error = allow_shared_memory<forward_kernel<Tiles>>(Tiles::kSmem);
+  if (error == cudaSuccess && args.items > processors) error = cudaMemsetAsync(call.scratch, 0, sizeof(int), stream);
   if (error != cudaSuccess) return error;
-  kernel<<<std::min(processors, args.items), Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, k_map, v_map);
+  forward_kernel<Tiles>
+      <<<std::min(processors, args.items), Tiles::kThreads, Tiles::kSmem, stream>>>(args, maps);
   return cudaGetLastError();
 }
 

@@ -1,11 +1,14 @@
-// Forward on Hopper: wgmma fed by TMA, one warp producing, two warpgroups of 64 packed rows consuming.
+// Forward on Hopper: wgmma fed by TMA. Two warps produce, two warpgroups of 64 packed rows consume.
 //
-//   producer:  for each row tile taken from a counter: which blocks of 64 keys are needed (ballots over their bounds);
-//              Q, and K and V of any two such blocks as one tile, through a ring of kStages; with K of a partial tile, the
-//              rows that see its keys
-//   consumer:  S(next) = Q K^T issued; O += P V issued; while these run, softmax of S(next); then O is rescaled
+//   planner:   takes row tiles (items) from a counter, finds the blocks of 32 keys that each needs (ballots over their
+//              bounds) and hands them on, 256 blocks a round
+//   loader:    gathers needed blocks, side by side or not, into tiles of kBlocks; sends Q, K and V of them through rings;
+//              with K of a partial block, where the rows that see its keys end
+//   consumer:  S(next) = Q K^T and O += P V issued; while these run, softmax of S(next); then O is rescaled
 //
-// The two consumers take turns (named barriers): one does its softmax while the other's products run.
+// The two consumers take turns (named barriers): one does its softmax while the other's products run. A consumer goes from
+// tile to tile without regard to items: the scores of an item's first tile are computed while the values of the last tile
+// of the item before are added up.
 #pragma once
 
 #include "../params.h"
@@ -15,26 +18,42 @@
 
 namespace tree_attn::hopper {
 
-template <typename T_, int kDim_, int kValueDim_, int kKeys_>
+template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kValueStages_, int kQBuffers_>
 struct ForwardTiles {
   using T = T_;
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
+  static constexpr int kBlock = 32, kBlocks = kKeys / kBlock;
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
-  static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kStages = 2;
-  static constexpr int kQBytes = kRows * kDim * 2, kOBytes = kRows * kValueDim * 2;
-  static constexpr int kKBytes = kKeys * kDim * 2, kVBytes = kKeys * kValueDim * 2;
-  static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;  // 64 columns of a tile
-  static constexpr int kBlockKeys = kKeys / 2;
+  static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kQBuffers = kQBuffers_;
+  static constexpr int kStages = 2, kValueStages = kValueStages_;  // of keys, and of values
+  static constexpr int kSlabs = (kDim + 63) / 64, kValueSlabs = (kValueDim + 63) / 64;  // of 64 columns
+  static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;
+  static constexpr int kQBytes = kSlabs * kQSlab, kKBytes = kSlabs * kKSlab, kVBytes = kValueSlabs * kKSlab;
+  static constexpr int kRounds = 4, kWords = 8;  // of the planner; a round is kWords times 32 blocks
+  static_assert(kValueSlabs <= kSlabs, "O takes the place of Q");
+  static_assert(kKeys % kBlock == 0 && kKSlab % 1024 == 0);
 
+  struct Tile {
+    int item;
+    int flags;                // as below
+    int first_key[kBlocks];
+  };
+  struct Round {
+    uint32_t needed[kWords], full[kWords];  // one bit a block
+    int item;                               // past the last: the end
+    int first_block;
+    int last;  // is it the last of its item?
+  };
   struct Smem {
-    alignas(1024) char q[kQBytes];
+    alignas(1024) char q[kQBuffers][kQBytes];
     char k[kStages][kKBytes];
-    char v[kStages][kVBytes];
-    char o[kOBytes];
-    int2 seen_by[kStages][kKeys];  // of a partial tile: the rows [x, y) that see each key
-    uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    int row_tile;            // of the Q tile: index of the item, or past the last
-    int4 key_tile[kStages];  // first keys of its two blocks; flags as below, or -1 for an item without any
+    char v[kValueStages][kVBytes];
+    int row_end[kStages][kKeys];  // of partial blocks: one past the last row that sees each key
+    Tile tiles[kStages];
+    Round rounds[kRounds];
+    uint64_t q_full[kQBuffers], q_empty[kQBuffers], k_full[kStages], k_empty[kStages];
+    uint64_t v_full[kValueStages], v_empty[kValueStages];
+    uint64_t round_full[kRounds], round_empty[kRounds];
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -46,12 +65,17 @@ struct ForwardArguments {
   int tile_tokens;  // tokens of a row tile; tile_tokens * group <= kRows
   int row_tiles;
   int items;     // row tiles of all key/value heads
-  int* counter;  // the next item
+  int* counter;  // of the items taken after each block's first
   Scaling scaling;
 };
 
-constexpr int kPartial = 2, kLast = 1;  // kPartial: of the first block, 2 * kPartial: of the second
-constexpr int kAnyPartial = 3 * kPartial;
+struct ForwardMaps {
+  CUtensorMap q, k, v;         // boxes of a row tile, and of a block of keys
+  CUtensorMap k_tile, v_tile;  // and of a tile of keys
+};
+
+// Flags of a tile: the first or last of its item; the end of all work; from kPartial on one bit a block that needs a mask.
+constexpr int kFirst = 1, kLast = 2, kEnd = 4, kPartial = 8;
 
 struct RowTile {
   int kv_head, first_token;
@@ -62,180 +86,281 @@ __device__ __forceinline__ RowTile row_tile_of(const ForwardArguments& args, int
   return {kv_head, (args.row_tiles - 1 - (item - kv_head * args.row_tiles)) * args.tile_tokens};
 }
 
+// A place in a ring of kCount slots, and the parity of the barrier phase that its user waits for.
+template <int kCount>
+struct Cursor {
+  int slot = 0, parity;
+  __device__ __forceinline__ explicit Cursor(int parity) : parity(parity) {}
+  __device__ __forceinline__ void advance() {
+    if (++slot == kCount) slot = 0, parity ^= 1;
+  }
+};
+constexpr int kProducer = 1, kConsumer = 0;  // first parity: a fresh barrier counts as one whose phase before is over
+
 template <typename Tiles>
-__device__ __forceinline__ void produce(const ForwardArguments& args, const CUtensorMap* q_map, const CUtensorMap* k_map,
-                                        const CUtensorMap* v_map, typename Tiles::Smem& smem) {
-  const Forward& call = args.call;
-  const Sizes& sizes = call.sizes;
+__device__ __forceinline__ void plan(const ForwardArguments& args, typename Tiles::Smem& smem) {
+  const Mask& mask = args.call.mask;
+  const Sizes& sizes = args.call.sizes;
   const int lane = threadIdx.x % kWarp;
-  constexpr int kBlock = Tiles::kBlockKeys;
-  const auto at = [](auto& x) { return smem_address(&x); };
-  int stage = 0, parity = 1, q_parity = 1;  // a fresh barrier counts as one whose phase before has completed
+  Cursor<Tiles::kRounds> round(kProducer);
 
-  for (;;) {
-    int item = 0;
-    if (lane == 0) item = atomicAdd(args.counter, 1);
-    item = __shfl_sync(~0u, item, 0);
-    const RowTile rows = row_tile_of(args, min(item, args.items - 1));
-
-    const auto send_q = [&] {
-      if (lane == 0) {
-        barrier_wait(at(smem.q_empty), q_parity);
-        smem.row_tile = item;
-        if (item >= args.items) {
-          barrier_arrive(at(smem.q_full));
-        } else {
-          barrier_arrive_expect(at(smem.q_full), args.tile_tokens * args.group.divisor * Tiles::kDim * 2);
+  for (int item = blockIdx.x;;) {
+    const bool end = item >= args.items;
+    const int first_token = row_tile_of(args, min(item, args.items - 1)).first_token;
+    const RowSpan span = row_span(mask, first_token, min(first_token + args.tile_tokens, sizes.rows));
+    const int keys = mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
+    const int blocks = end ? 1 : (keys + Tiles::kBlock - 1) / Tiles::kBlock;
+    for (int base = 0; base < blocks; base += Tiles::kWords * kWarp) {
+      uint32_t needed[Tiles::kWords], full[Tiles::kWords], any = 0;
 #pragma unroll
-          for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
-            tma_load(at(smem.q) + slab * Tiles::kQSlab, q_map, at(smem.q_full), slab * 64,
-                     rows.kv_head * args.group.divisor, rows.first_token);
-        }
-      }
-      q_parity ^= 1;
-    };
-    if (item >= args.items) {
-      send_q();
-      return;
-    }
-
-    // Q goes behind the first K, which need not wait for the consumers to finish the item before. `flags` of -1: no keys.
-    // A tile of one block has the block twice, the second time hidden.
-    bool q_sent = false;
-    const auto send = [&](int2 blocks, int flags) {
-      const bool single = blocks.y < 0;
-      const int2 keys{blocks.x * kBlock, (single ? blocks.x : blocks.y) * kBlock};
-      const auto load = [&](uint32_t to, const CUtensorMap* map, uint64_t& full, int slabs) {
-        for (int slab = 0; slab < slabs; ++slab) {
-          tma_load(to + slab * Tiles::kKSlab, map, at(full), slab * 64, rows.kv_head, keys.x);
-          tma_load(to + slab * Tiles::kKSlab + kBlock * 128, map, at(full), slab * 64, rows.kv_head, keys.y);
-        }
-      };
-      barrier_wait(at(smem.k_empty[stage]), parity);
-      if (lane == 0) {
-        smem.key_tile[stage] = {keys.x, keys.y, flags, 0};
-        barrier_arrive_expect(at(smem.k_full[stage]), flags < 0 ? 0 : Tiles::kKBytes);
-        if (flags >= 0) load(at(smem.k[stage]), k_map, smem.k_full[stage], Tiles::kDim / 64);
-      }
-      if (flags >= 0 && (flags & kAnyPartial)) {
-#pragma unroll
-        for (int i = 0; i < Tiles::kKeys / kWarp; ++i) {
-          const bool second = i * kWarp >= kBlock;
-          const int key = (second ? keys.y - kBlock : keys.x) + i * kWarp + lane;
-          const bool hidden = key >= sizes.keys || (second && single);
-          smem.seen_by[stage][i * kWarp + lane] = hidden ? int2{0, 0} : rows_of_key(call.mask, key);
-        }
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at(smem.k_full[stage]));  // the second arrival: what ordinary stores have written
-      if (!q_sent) send_q(), q_sent = true;
-      if (lane == 0) {
-        barrier_wait(at(smem.v_empty[stage]), parity);
-        barrier_arrive_expect(at(smem.v_full[stage]), flags < 0 ? 0 : Tiles::kVBytes);
-        if (flags >= 0) load(at(smem.v[stage]), v_map, smem.v_full[stage], Tiles::kValueDim / 64);
-      }
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
-    };
-
-    const RowSpan span = row_span(call.mask, rows.first_token, min(rows.first_token + args.tile_tokens, sizes.rows));
-    const int keys = call.mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
-    const int blocks = (keys + kBlock - 1) / kBlock;
-    constexpr int kWords = 4;  // of 32 blocks, classified at once
-    int2 held{-1, -1};         // the next tile goes out when it is known whether it is the last
-    int held_flags = 0;
-    for (int base = 0; base < blocks; base += kWords * kWarp) {
-      uint32_t needed[kWords], full[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int block = base + w * kWarp + lane, k0 = block * kBlock;
+      for (int w = 0; w < Tiles::kWords; ++w) {
+        const int block = base + w * kWarp + lane, k0 = block * Tiles::kBlock;
         bool is_needed = false, is_full = false;
         if (block < blocks) {
-          const KeySpan key_span = KeySpan::load<kBlock>(call.mask, k0, sizes.keys);
-          is_needed = key_span.needed(call.mask, span);
-          is_full = k0 + kBlock <= sizes.keys && key_span.full(call.mask, span);
+          const KeySpan key_span = KeySpan::load<Tiles::kBlock>(mask, k0, sizes.keys);
+          is_needed = key_span.needed(mask, span);
+          is_full = k0 + Tiles::kBlock <= sizes.keys && key_span.full(mask, span);
         }
         needed[w] = __ballot_sync(~0u, is_needed);
         full[w] = __ballot_sync(~0u, is_full);
+        any |= needed[w];
       }
+      const bool last = base + Tiles::kWords * kWarp >= blocks;
+      if (!any && !last) continue;
+      barrier_wait(smem_address(&smem.round_empty[round.slot]), round.parity);
+      if (lane == 0) {
+        auto& to = smem.rounds[round.slot];
 #pragma unroll
-      for (int w = 0; w < kWords; ++w)
-        for (uint32_t todo = needed[w]; todo; todo &= todo - 1) {
-          const int bit = __ffs(todo) - 1, block = base + w * kWarp + bit;
-          const int partial = (full[w] >> bit & 1) ? 0 : kPartial;
-          if (held.x >= 0 && held.y < 0) {
-            held.y = block, held_flags |= 2 * partial;
-          } else {
-            if (held.x >= 0) send(held, held_flags);
-            held = {block, -1}, held_flags = partial;
-          }
-        }
+        for (int w = 0; w < Tiles::kWords; ++w) to.needed[w] = needed[w], to.full[w] = full[w];
+        to.item = item, to.first_block = base, to.last = last;
+        barrier_arrive(smem_address(&smem.round_full[round.slot]));
+      }
+      round.advance();
     }
-    if (held.x >= 0)
-      send(held, held_flags | kLast | (held.y < 0 ? 2 * kPartial : 0));
-    else
-      send({0, 0}, -1);
+    if (end) return;
+    item = args.items;
+    if (args.items > gridDim.x) {  // else every block has had its item, and the counter is not even cleared
+      if (lane == 0) item = gridDim.x + atomicAdd(args.counter, 1);
+      item = __shfl_sync(~0u, item, 0);
+    }
   }
+}
+
+template <typename Tiles>
+__device__ __forceinline__ void load(const ForwardArguments& args, const ForwardMaps& maps,
+                                     typename Tiles::Smem& smem) {
+  const Mask& mask = args.call.mask;
+  const Sizes& sizes = args.call.sizes;
+  const int lane = threadIdx.x % kWarp;
+  const auto at = [](auto& x) { return smem_address(&x); };
+  Cursor<Tiles::kStages> stage(kProducer);
+  Cursor<Tiles::kValueStages> value_stage(kProducer);
+  Cursor<Tiles::kQBuffers> buffer(kProducer);
+  Cursor<Tiles::kRounds> round(kConsumer);
+
+  // `count` blocks from gmem to a tile: at once where they lie side by side.
+  const auto load_blocks = [&](char* to, const CUtensorMap& block_map, const CUtensorMap& tile_map, uint64_t& full,
+                               int slabs, int kv_head, int block) {
+    const int first = __shfl_sync(~0u, block, 0);
+    if (__all_sync(~0u, lane >= Tiles::kBlocks || block == first + lane)) {
+      if (lane == 0) {
+        for (int slab = 0; slab < slabs; ++slab)
+          tma_load(at(*to) + slab * Tiles::kKSlab, &tile_map, at(full), slab * 64, kv_head, first * Tiles::kBlock);
+      }
+      return;
+    }
+#pragma unroll
+    for (int b = 0; b < Tiles::kBlocks; ++b) {
+      const int key = __shfl_sync(~0u, block, b) * Tiles::kBlock;
+      if (lane == 0) {
+        for (int slab = 0; slab < slabs; ++slab)
+          tma_load(at(*to) + slab * Tiles::kKSlab + b * Tiles::kBlock * 128, &block_map, at(full), slab * 64, kv_head, key);
+      }
+    }
+  };
+
+  // Values go behind the keys of the next tile, as they are needed.
+  int value_block = 0, value_head = -1;
+  const auto send_values = [&] {
+    if (value_head < 0) return;
+    auto& full = smem.v_full[value_stage.slot];
+    if (lane == 0) {
+      barrier_wait(at(smem.v_empty[value_stage.slot]), value_stage.parity);
+      barrier_arrive_expect(at(full), Tiles::kVBytes);
+    }
+    load_blocks(smem.v[value_stage.slot], maps.v, maps.v_tile, full, Tiles::kValueSlabs, value_head, value_block);
+    value_stage.advance();
+  };
+
+  int block = 0;           // lane i: block i of the tile that is being gathered
+  int count = 0;           // blocks of it so far
+  uint32_t partial = 0;    // those that need a mask
+  bool first = true;
+  const auto send = [&](int item, int flags) {
+    const RowTile rows = row_tile_of(args, item);
+    // What a tile has no block for is hidden; it repeats another block, so that no stale numbers enter the products.
+    const int repeated = __shfl_sync(~0u, block, max(count - 1, 0));
+    if (lane >= count) block = count ? repeated : 0;
+    partial |= ~0u << count;
+    barrier_wait(at(smem.k_empty[stage.slot]), stage.parity);
+#pragma unroll
+    for (int b = 0; b < Tiles::kBlocks; ++b) {
+      const int key = __shfl_sync(~0u, block, b) * Tiles::kBlock + lane;
+      const bool exists = b < count && key < sizes.keys;
+      if (partial >> b & 1)
+        copy_async_4(at(smem.row_end[stage.slot][b * Tiles::kBlock + lane]), mask.row_end + (exists ? key : 0), exists);
+    }
+    copy_async_arrive(at(smem.k_full[stage.slot]));
+    auto& tile = smem.tiles[stage.slot];
+    if (lane < Tiles::kBlocks) tile.first_key[lane] = block * Tiles::kBlock;
+    if (lane == 0) {
+      constexpr int kMasks = (1 << Tiles::kBlocks) - 1;
+      tile.item = item, tile.flags = flags | (first ? kFirst : 0) | (partial & kMasks) * kPartial;
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.slot]), Tiles::kKBytes);
+    load_blocks(smem.k[stage.slot], maps.k, maps.k_tile, smem.k_full[stage.slot], Tiles::kSlabs, rows.kv_head, block);
+    if (first) {  // Q goes behind K, which need not wait for the consumers to finish an item before
+      if (lane == 0) {
+        barrier_wait(at(smem.q_empty[buffer.slot]), buffer.parity);
+        barrier_arrive_expect(at(smem.q_full[buffer.slot]),
+                              args.tile_tokens * args.group.divisor * Tiles::kSlabs * 128);
+        for (int slab = 0; slab < Tiles::kSlabs; ++slab)
+          tma_load(at(smem.q[buffer.slot]) + slab * Tiles::kQSlab, &maps.q, at(smem.q_full[buffer.slot]), slab * 64,
+                   rows.kv_head * args.group.divisor, rows.first_token);
+      }
+      buffer.advance();
+    }
+    send_values();
+    value_block = block, value_head = rows.kv_head;
+    stage.advance();
+    count = 0, partial = 0, first = flags & kLast;
+  };
+
+  for (;;) {
+    barrier_wait(at(smem.round_full[round.slot]), round.parity);
+    const auto& found = smem.rounds[round.slot];
+    const int item = found.item;
+    if (item >= args.items) break;
+    for (int w = 0; w < Tiles::kWords; ++w) {
+      const uint32_t full = found.full[w];
+      for (uint32_t todo = found.needed[w]; todo; todo &= todo - 1) {
+        const int bit = __ffs(todo) - 1;
+        if (count == Tiles::kBlocks) send(item, 0);  // not before it is known that it is not the last
+        if (lane == count) block = found.first_block + w * kWarp + bit;
+        partial |= (~full >> bit & 1) << count++;
+      }
+    }
+    if (found.last) send(item, kLast);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at(smem.round_empty[round.slot]));
+    round.advance();
+  }
+  send_values();
+  barrier_wait(at(smem.k_empty[stage.slot]), stage.parity);
+  copy_async_arrive(at(smem.k_full[stage.slot]));
+  if (lane == 0) {
+    smem.tiles[stage.slot].flags = kEnd;
+    barrier_arrive(at(smem.k_full[stage.slot]));
+  }
+}
+
+// 2^x without the special function unit, for x from -126 up (what is below counts as -126): 2^round(x) from the exponent's
+// bits, and a polynomial of degree 4 for the rest, 3e-6 relative.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  x = fmaxf(x, -126.f);
+  const float shifted = x + kRound, r = x - (shifted - kRound);
+  float y = 9.582852e-3f;
+  y = fmaf(y, r, 5.5906426e-2f);
+  y = fmaf(y, r, 2.4024099e-1f);
+  y = fmaf(y, r, 6.9312418e-1f);
+  y = fmaf(y, r, 1.f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
 }
 
 // The softmax of one consumer's 64 rows. A thread holds two of them, 8 apart.
 template <typename Tiles>
 struct Softmax {
   static constexpr int kKeyTiles = Tiles::kKeys / 8;
-  float peak[2], sum[2];
+  float peak[2], sum[2];  // what scores are compared with, and the sum of probabilities, of this thread's columns alone
 
-  // Scores become probabilities (not yet divided); returns what the sums so far must be multiplied with.
-  __device__ __forceinline__ void update(float (&s)[kKeyTiles][4], float log2_scale, float (&correction)[2]) {
+  __device__ __forceinline__ void clear() {
+    peak[0] = peak[1] = negative_infinity();
+    sum[0] = sum[1] = 0.f;
+  }
+
+  // Scores become probabilities (not yet divided). `correction` is what the sums so far must be multiplied with; returns
+  // whether that is not 1 for a row of the warp. The peak follows the largest score only when that is `slack` above it:
+  // probabilities up to 2^8 are as exact as those up to 1, and most tiles leave the sums as they are.
+  __device__ __forceinline__ bool update(float (&s)[kKeyTiles][4], float log2_scale, float slack, float (&correction)[2]) {
+    bool raised = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float high = peak[h];
+      float high = s[0][2 * h];
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) high = fmaxf(high, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
       high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
       high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-      const float shift = high == negative_infinity() ? 0.f : high * log2_scale;
-      correction[h] = exp2_approx(peak[h] * log2_scale - shift);
-      peak[h] = high;
+      const bool raise = high > peak[h] + slack;
+      const float before = peak[h] * log2_scale;
+      if (raise) peak[h] = high;
+      const float shift = peak[h] == negative_infinity() ? 0.f : peak[h] * log2_scale;
+      correction[h] = raise ? exp2_approx(before - shift) : 1.f;
+      raised |= raise;
       float total = 0.f;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          s[n][2 * h + c] = exp2_approx(s[n][2 * h + c] * log2_scale - shift);
+          const float x = s[n][2 * h + c] * log2_scale - shift;
+#if TA_POLY
+          s[n][2 * h + c] = (n * 2 + c) % TA_POLY == 0 ? exp2_polynomial(x) : exp2_approx(x);
+#else
+          s[n][2 * h + c] = exp2_approx(x);
+#endif
           total += s[n][2 * h + c];
         }
       sum[h] = sum[h] * correction[h] + total;
     }
+    return __any_sync(~0u, raised);
   }
 };
 
-// Scores of pairs that the mask hides become -inf, in one block of a tile. `seen_by` holds the rows that see each of its
-// keys, the first of which is `first_key`.
-template <typename Tiles, int kBlock>
-__device__ __forceinline__ void mask_scores(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int2* seen_by,
-                                            const int (&tokens)[2], int first_key, int n_keys) {
-  constexpr int kColTiles = Tiles::kBlockKeys / 8;
-  const int lane = threadIdx.x % kWarp;
+// Scores of pairs that the mask hides become -inf, in block kIndex of a tile, whose first key is `first_key`.
+template <typename Tiles, int kIndex>
+__device__ __forceinline__ void mask_block(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int* row_end,
+                                           const int (&tokens)[2], int first_key, int n_keys) {
+  constexpr int kColTiles = Tiles::kBlock / 8;
+  const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kColTiles; ++i) {
-    float(&own)[4] = s[kBlock * kColTiles + i];
-    const int4 two = *reinterpret_cast<const int4*>(seen_by + i * 8 + (lane % 4) * 2);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (tokens[h] < two.x || tokens[h] >= two.y) own[2 * h] = negative_infinity();
-      if (tokens[h] < two.z || tokens[h] >= two.w) own[2 * h + 1] = negative_infinity();
-    }
-  }
-  if (mask.window == 0) return;
-#pragma unroll
-  for (int i = 0; i < kColTiles; ++i)
+    float(&own)[4] = s[kIndex * kColTiles + i];
+    const int2 ends = *reinterpret_cast<const int2*>(row_end + kIndex * Tiles::kBlock + i * 8 + column);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int key = first_key + i * 8 + (lane % 4) * 2 + c;
-      const int oldest = key < n_keys ? __ldg(mask.k_depth + key) + mask.window : 0;
+      const int key = first_key + i * 8 + column + c, end = c ? ends.y : ends.x;
+      const int begin = mask.row_begin == nullptr ? key : __ldg(mask.row_begin + min(key, n_keys - 1));
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (__ldg(mask.q_depth + tokens[h]) >= oldest) s[kBlock * kColTiles + i][2 * h + c] = negative_infinity();
+        if (tokens[h] < begin || tokens[h] >= end) own[2 * h + c] = negative_infinity();
+      if (mask.window == 0) continue;
+      const int oldest = __ldg(mask.k_depth + min(key, n_keys - 1)) + mask.window;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (__ldg(mask.q_depth + tokens[h]) >= oldest) own[2 * h + c] = negative_infinity();
     }
+  }
+}
+
+template <typename Tiles, int... kIndex>
+__device__ __forceinline__ void mask_tile(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int* row_end,
+                                          const int (&tokens)[2], const typename Tiles::Tile& tile, int flags,
+                                          int n_keys, std::integer_sequence<int, kIndex...>) {
+  ((flags & kPartial << kIndex
+        ? mask_block<Tiles, kIndex>(s, mask, row_end, tokens, tile.first_key[kIndex], n_keys)
+        : void()),
+   ...);
 }
 
 template <typename Tiles>
@@ -245,188 +370,212 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   const Forward& call = args.call;
   const Sizes& sizes = call.sizes;
   const auto at = [](auto& x) { return smem_address(&x); };
-  const int consumer = threadIdx.x / Tiles::kGroupThreads - 1;
-  const int thread = threadIdx.x % Tiles::kGroupThreads, warp = thread / kWarp, lane = thread % kWarp;
-  const int group_rows = args.tile_tokens * args.group.divisor;
+  // From a shuffle, so that the compiler knows it to be the same for the whole warp.
+  const int consumer = __shfl_sync(~0u, threadIdx.x / Tiles::kGroupThreads - 1, 0), lane = threadIdx.x % kWarp;
+  const int warp_row = (threadIdx.x / kWarp - 4) * 16;  // first of this warp's 16 rows in the row tile
+  const float slack = 8.f / args.scaling.log2_scale;
 
   // The turns: barrier 1 + c is consumer c's; it is opened by the other consumer, once before the start.
   const auto take_turn = [&] { named_sync(1 + consumer, 2 * Tiles::kGroupThreads); };
   const auto pass_turn = [&] { named_arrive(2 - consumer, 2 * Tiles::kGroupThreads); };
   if (consumer == 1) pass_turn();
 
-  int stage = 0, parity = 0, q_parity = 0;
-  const auto advance = [&] {
-    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
-  };
+  Cursor<Tiles::kStages> stage(kConsumer);
+  Cursor<Tiles::kValueStages> value_stage(kConsumer);  // of the tile before
+  Cursor<Tiles::kQBuffers> buffer(kConsumer);  // of the tile whose scores are computed next
+  float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
+  uint32_t p[kKeyTiles / 2][4];
+  Softmax<Tiles> softmax;
+  RowTile rows;
+  int tokens[2];
 
-  for (;;) {
-    barrier_wait(at(smem.q_full), q_parity);
-    q_parity ^= 1;
-    const int item = smem.row_tile;
-    if (item >= args.items) break;
-    const RowTile rows = row_tile_of(args, item);
-    int tokens[2];
+  const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at(barrier));
+  };
+  const auto issue_scores = [&] {
+    const uint64_t q = descriptor_k_major(at(smem.q[buffer.slot]) + consumer * Tiles::kGroupRows * 128);
+    const uint64_t k = descriptor_k_major(at(smem.k[stage.slot]));
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tiles::kDim / 16; ++step)
+      Wgmma<T, Tiles::kKeys>::ss(s, descriptor_at(q, step / 4 * Tiles::kQSlab + step % 4 * 32),
+                                 descriptor_at(k, step / 4 * Tiles::kKSlab + step % 4 * 32), step > 0);
+    wgmma_commit();
+  };
+  const auto issue_values = [&](int from, bool accumulate) {
+    const uint64_t v = descriptor_mn_major(at(smem.v[from]), Tiles::kKSlab);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tiles::kKeys / 16; ++step)
+      Wgmma<T, Tiles::kValueDim>::template rs<true>(o, p[step], descriptor_at(v, step * 16 * 128),
+                                                    step > 0 || accumulate);
+    wgmma_commit();
+  };
+  const auto begin_item = [&](int item) {
+    rows = row_tile_of(args, item);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      tokens[h] = min(rows.first_token + args.group.divide(consumer * Tiles::kGroupRows + warp * 16 + h * 8 + lane / 4),
-                      sizes.rows - 1);
-
-    float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
-    uint32_t p[kKeyTiles / 2][4];
-    Softmax<Tiles> softmax{{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
+      tokens[h] = min(rows.first_token + args.group.divide(warp_row + h * 8 + lane / 4), sizes.rows - 1);
+    softmax.clear();
+  };
+  // Scores to probabilities, in place; whether the sums so far must be corrected.
+  const auto to_probabilities = [&](int flags) {
+    if (args.scaling.capped) {
 #pragma unroll
-    for (int n = 0; n < kValueTiles; ++n)
+      for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) o[n][e] = 0.f;
-
-    const auto issue_scores = [&](int from) {
-      const uint32_t q = at(smem.q) + consumer * Tiles::kGroupRows * 128, k = at(smem.k[from]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < Tiles::kDim / 16; ++step)
-        Wgmma<T, Tiles::kKeys>::ss(s, descriptor_k_major(q + step / 4 * Tiles::kQSlab + step % 4 * 32),
-                                   descriptor_k_major(k + step / 4 * Tiles::kKSlab + step % 4 * 32), step > 0);
-      wgmma_commit();
-    };
-    const auto issue_values = [&](int from) {
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < Tiles::kKeys / 16; ++step)
-        Wgmma<T, Tiles::kValueDim>::template rs<true>(
-            o, p[step], descriptor_mn_major(at(smem.v[from]) + step * 16 * 128, Tiles::kKSlab), true);
-      wgmma_commit();
-    };
-    const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at(barrier));
-    };
-    const auto to_probabilities = [&](int message) {
-      if (args.scaling.capped) {
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
-      }
-      if (message & kPartial)
-        mask_scores<Tiles, 0>(s, call.mask, smem.seen_by[stage], tokens, smem.key_tile[stage].x, sizes.keys);
-      if (message & 2 * kPartial)
-        mask_scores<Tiles, 1>(s, call.mask, smem.seen_by[stage] + Tiles::kBlockKeys, tokens, smem.key_tile[stage].y,
-                              sizes.keys);
-      release(smem.k_empty[stage]);
-      softmax.update(s, args.scaling.log2_scale, correction);
-    };
-
-    barrier_wait(at(smem.k_full[stage]), parity);
-    int message = smem.key_tile[stage].z;
-    if (message >= 0) {
-      take_turn();
-      issue_scores(stage);
-      pass_turn();
-      wgmma_wait<0>();
-      if (message & kLast) release(smem.q_empty);
-      to_probabilities(message);
-      to_operand<T>(p, s);
-
-      while (!(message & kLast)) {
-        const int before = stage, before_parity = parity;
-        advance();
-        barrier_wait(at(smem.k_full[stage]), parity);
-        message = smem.key_tile[stage].z;
-        take_turn();
-        issue_scores(stage);
-        barrier_wait(at(smem.v_full[before]), before_parity);
-        issue_values(before);
-        pass_turn();
-        wgmma_wait<1>();
-        if (message & kLast) release(smem.q_empty);
-        to_probabilities(message);
-        wgmma_wait<0>();
-        release(smem.v_empty[before]);
-#pragma unroll
-        for (int n = 0; n < kValueTiles; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
-        to_operand<T>(p, s);
-      }
-      barrier_wait(at(smem.v_full[stage]), parity);
-      issue_values(stage);
-      wgmma_wait<0>();
-      release(smem.v_empty[stage]);
-    } else {
-      barrier_wait(at(smem.v_full[stage]), parity);
-      release(smem.k_empty[stage]);
-      release(smem.v_empty[stage]);
-      release(smem.q_empty);
+        for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
     }
-    advance();
-
-    char* const staged = smem.o + consumer * Tiles::kGroupRows * Tiles::kValueDim * 2;
-    using TileO = SmemTile<Tiles::kValueDim>;
+    if (flags >= kPartial)
+      mask_tile<Tiles>(s, call.mask, smem.row_end[stage.slot], tokens, smem.tiles[stage.slot], flags, sizes.keys,
+                       std::make_integer_sequence<int, Tiles::kBlocks>{});
+    release(smem.k_empty[stage.slot]);
+    return softmax.update(s, args.scaling.log2_scale, slack, correction);
+  };
+  // The item's rows are complete: O registers -> the place of its Q -> gmem.
+  const auto finish_item = [&](int q_buffer) {
+    const int first_token = rows.first_token, kv_head = rows.kv_head, group = args.group.divisor;
+    const int group_rows = args.tile_tokens * group;
+    char* const staged = smem.q[q_buffer];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int local = warp * 16 + h * 8 + lane / 4, row = consumer * Tiles::kGroupRows + local;
-      const int in_tile = args.group.divide(row), token = rows.first_token + in_tile;
-      const int head = rows.kv_head * args.group.divisor + row - in_tile * args.group.divisor;
+      const int row = warp_row + h * 8 + lane / 4, in_tile = args.group.divide(row), token = first_token + in_tile;
+      const int head = kv_head * group + row - in_tile * group;
+      const bool valid = row < group_rows && token < sizes.rows, empty = softmax.peak[h] == negative_infinity();
       float sum = softmax.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float peak = softmax.peak[h] * args.scaling.log2_scale;
-      const bool empty = softmax.peak[h] == negative_infinity();
-      const bool valid = row < group_rows && token < sizes.rows;
       float denominator = sum;
       if (call.sinks != nullptr && valid && !empty) denominator += exp2_approx(call.sinks[head] * kLog2e - peak);
       const float inverse = empty ? 0.f : 1.f / denominator;
       if (lane % 4 == 0 && valid)
         call.lse[static_cast<int64_t>(head) * sizes.rows + token] = empty ? negative_infinity() : (peak + log2f(sum)) * kLn2;
 #pragma unroll
-      for (int n = 0; n < kValueTiles; ++n)
-        *reinterpret_cast<uint32_t*>(staged + TileO::offset(local, n) + (lane % 4) * 4) =
-            Element<T>::pack(o[n][2 * h] * inverse, o[n][2 * h + 1] * inverse);
+      for (int n = 0; n < kValueTiles; ++n) o[n][2 * h] *= inverse, o[n][2 * h + 1] *= inverse;
     }
-    named_sync(3 + consumer, Tiles::kGroupThreads);
+    // This warp's rows of Q have been read: all warps of the consumer have waited for the scores, then taken their turn.
+    const int row = warp_row + lane % 16;
+#pragma unroll
+    for (int n = 0; n < kValueTiles; n += 2)
+      store_matrix_x4(at(*staged) + n / 8 * Tiles::kQSlab + row * 128 + (((n % 8 + lane / 16) ^ (row & 7)) << 4),
+                      Element<T>::pack(o[n][0], o[n][1]), Element<T>::pack(o[n][2], o[n][3]),
+                      Element<T>::pack(o[n + 1][0], o[n + 1][1]), Element<T>::pack(o[n + 1][2], o[n + 1][3]));
+    __syncwarp();
     T* const out = static_cast<T*>(call.out.data);
 #pragma unroll
-    for (int i = 0; i < Tiles::kGroupRows * kValueTiles / Tiles::kGroupThreads; ++i) {
-      const int index = i * Tiles::kGroupThreads + thread, local = index / kValueTiles, chunk = index % kValueTiles;
-      const int row = consumer * Tiles::kGroupRows + local, in_tile = args.group.divide(row);
-      const int token = rows.first_token + in_tile;
-      const int head = rows.kv_head * args.group.divisor + row - in_tile * args.group.divisor;
-      if (row < group_rows && token < sizes.rows && chunk * 8 < sizes.value_dim)
+    for (int i = 0; i < 16 * kValueTiles / kWarp; ++i) {
+      const int index = i * kWarp + lane, chunk = index % kValueTiles, from = warp_row + index / kValueTiles;
+      const int in_tile = args.group.divide(from), token = first_token + in_tile;
+      const int head = kv_head * group + from - in_tile * group;
+      if (from < group_rows && token < sizes.rows && chunk * 8 < sizes.value_dim)
         *reinterpret_cast<int4*>(out + token * call.out.token_stride + head * call.out.head_stride + chunk * 8) =
-            *reinterpret_cast<const int4*>(staged + TileO::offset(local, chunk));
+            *reinterpret_cast<const int4*>(staged + chunk / 8 * Tiles::kQSlab + from * 128 +
+                                           ((chunk % 8 ^ (from & 7)) << 4));
     }
-    named_sync(3 + consumer, Tiles::kGroupThreads);  // the staging area is free again
+    proxy_fence();
+    release(smem.q_empty[q_buffer]);
+  };
+
+  barrier_wait(at(smem.k_full[stage.slot]), stage.parity);
+  int flags = smem.tiles[stage.slot].flags;
+  if (!(flags & kEnd)) {
+    begin_item(smem.tiles[stage.slot].item);
+    barrier_wait(at(smem.q_full[buffer.slot]), buffer.parity);
+    take_turn();
+    issue_scores();
+    pass_turn();
+    wgmma_wait<0>();
+    to_probabilities(flags);
+    to_operand<T>(p, s);
+
+    bool accumulate = false;  // does O hold values of the item already?
+    for (;;) {
+      const int q_buffer = buffer.slot;
+      const bool last = flags & kLast;
+      stage.advance();
+      barrier_wait(at(smem.k_full[stage.slot]), stage.parity);
+      flags = smem.tiles[stage.slot].flags;
+      if (last) {
+        buffer.advance();
+        if (flags & kEnd) {
+          barrier_wait(at(smem.v_full[value_stage.slot]), value_stage.parity);
+          issue_values(value_stage.slot, accumulate);
+          wgmma_wait<0>();
+          finish_item(q_buffer);
+          break;
+        }
+        barrier_wait(at(smem.q_full[buffer.slot]), buffer.parity);
+      }
+      take_turn();
+      issue_scores();
+      barrier_wait(at(smem.v_full[value_stage.slot]), value_stage.parity);
+      issue_values(value_stage.slot, accumulate);
+      pass_turn();
+      wgmma_wait<1>();
+      if (last) {
+        wgmma_wait<0>();
+        release(smem.v_empty[value_stage.slot]);
+        finish_item(q_buffer);
+        begin_item(smem.tiles[stage.slot].item);
+        to_probabilities(flags);
+      } else {
+        const bool correct = to_probabilities(flags);
+        compute_now(softmax.sum[0]), compute_now(softmax.sum[1]);
+        if (correct) {
+          wgmma_wait<0>();
+#pragma unroll
+          for (int n = 0; n < kValueTiles; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
+        }
+        wgmma_wait<0>();  // behind a branch, across which ptxas moves no softmax
+        release(smem.v_empty[value_stage.slot]);
+      }
+      accumulate = !last;
+      value_stage.advance();
+      to_operand<T>(p, s);
+    }
   }
   if (consumer == 0) take_turn();  // leave the barriers even
 }
 
 template <typename Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardArguments args, const __grid_constant__ CUtensorMap q_map,
-                   const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+    forward_kernel(const __grid_constant__ ForwardArguments args, const __grid_constant__ ForwardMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
     constexpr int kReleases = Tiles::kConsumers * Tiles::kGroupThreads / kWarp;
-    prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
-    barrier_init(smem_address(&smem.q_full), 1);
-    barrier_init(smem_address(&smem.q_empty), kReleases);
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.k_tile, &maps.v_tile}) prefetch_map(map);
+    for (int i = 0; i < Tiles::kQBuffers; ++i) {
+      barrier_init(smem_address(&smem.q_full[i]), 1);
+      barrier_init(smem_address(&smem.q_empty[i]), kReleases);
+    }
     for (int i = 0; i < Tiles::kStages; ++i) {
-      barrier_init(smem_address(&smem.k_full[i]), 2);
-      barrier_init(smem_address(&smem.v_full[i]), 1);
+      barrier_init(smem_address(&smem.k_full[i]), kWarp + 1);  // of every lane, its row ends; of one, all else
       barrier_init(smem_address(&smem.k_empty[i]), kReleases);
+    }
+    for (int i = 0; i < Tiles::kValueStages; ++i) {
+      barrier_init(smem_address(&smem.v_full[i]), 1);
       barrier_init(smem_address(&smem.v_empty[i]), kReleases);
+    }
+    for (int i = 0; i < Tiles::kRounds; ++i) {
+      barrier_init(smem_address(&smem.round_full[i]), 1);
+      barrier_init(smem_address(&smem.round_empty[i]), 1);
     }
     barrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {
     // The shares of three warpgroups must not add up to more than the 168 registers a thread of the launch, or they wait
-    // for each other for ever: 56 + 2 * 224 = 3 * 168.
-    registers_decrease<56>();
-    if (threadIdx.x < kWarp) produce<Tiles>(args, &q_map, &k_map, &v_map, smem);
+    // for each other for ever: 40 + 2 * 232 = 3 * 168.
+    registers_decrease<40>();
+    if (threadIdx.x < kWarp) load<Tiles>(args, maps, smem);
+    else if (threadIdx.x < 2 * kWarp) plan<Tiles>(args, smem);
   } else {
-    registers_increase<224>();
+    registers_increase<232>();
     consume<Tiles>(args, smem);
   }
 }

@@ -69,6 +69,22 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* gmem, int b
                : "memory");
 }
 
+// 4 bytes gmem -> smem, zero where `valid` is false ("Data Movement: cp.async"); and an arrival once the copies of this
+// thread so far have come ("cp.async.mbarrier.arrive").
+__device__ __forceinline__ void copy_async_4(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem), "l"(gmem), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Four 8x8 matrices registers -> smem ("Warp-level Matrix Store: stmatrix"); lane l points to row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(smem), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 // What this thread has written to shared memory comes before what wgmma and TMA, past a barrier, do with it ("Memory
 // Consistency Model: Proxies", "membar/fence").
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
@@ -93,6 +109,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// `x` and what it depends on is computed before a wait that follows: without it the compiler puts arithmetic that is meant
+// to run beside a product behind the wait for that product.
+__device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x)); }
+
 // A tile in shared memory is slabs of 64 columns (128 bytes a row, 128-byte swizzle, 1024 bytes for 8 rows). Descriptors
 // ("Matrix Descriptor Format") of it:
 //   K-major, the product runs along the columns: 8-row groups are 1024 bytes apart; a step of 16 columns is 32 bytes on.
@@ -104,77 +124,93 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t smem, int slab)
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(slab >> 4) << 16 | ((smem & 0x3ffff) >> 4);
 }
 
+// The same `bytes` further on: only the address is in the low bits, in units of 16 bytes, and never overflows its field.
+__device__ __forceinline__ uint64_t descriptor_at(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
 // D (64 x kCols, float32 registers) = A B, or += with accumulate: A 64 x 16 and B 16 x kCols from shared memory (ss), or A
 // from registers (rs). kTransA, kTransB: the operand is MN-major.
 template <typename T, int kCols>
 struct Wgmma;
 
+// Operands of the instruction: the accumulators, and their places in its text, 16 a line.
 #define TREE_ATTN_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define TREE_ATTN_ACC16(i) TREE_ATTN_ACC4(i), TREE_ATTN_ACC4(i + 1), TREE_ATTN_ACC4(i + 2), TREE_ATTN_ACC4(i + 3)
 #define TREE_ATTN_ACC32(i) TREE_ATTN_ACC16(i), TREE_ATTN_ACC16(i + 4)
+#define TREE_ATTN_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TREE_ATTN_D32 TREE_ATTN_D16 ", " "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TREE_ATTN_D48 TREE_ATTN_D32 ", " "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TREE_ATTN_D64 TREE_ATTN_D48 ", " "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TREE_ATTN_D80 TREE_ATTN_D64 ", " "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define TREE_ATTN_D96 TREE_ATTN_D80 ", " "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define TREE_ATTN_D112 TREE_ATTN_D96 ", " "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define TREE_ATTN_D128 TREE_ATTN_D112 ", " "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define TREE_ATTN_WGMMA_64(ELEMENT, NAME)                                                                  \
-  template <>                                                                                            \
-  struct Wgmma<ELEMENT, 64> {                                                                            \
-    template <bool kTransA = false, bool kTransB = false>                                                \
-    static __device__ __forceinline__ void ss(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) { \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "  \
-          "%32, %33, p, 1, 1, %35, %36;\n}\n"                                                        \
-          : TREE_ATTN_ACC32(0)                                                    \
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));                 \
-    }                                                                                                    \
-    template <bool kTransB = false>                                                                      \
-    static __device__ __forceinline__ void rs(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,    \
-                                              bool accumulate) {                                         \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "  \
-          "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                        \
-          : TREE_ATTN_ACC32(0)                                                    \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kTransB))); \
-    }                                                                                                    \
+// COLS columns need N = COLS / 2 accumulators, %0 to %(N - 1); I0 to I6 are the places after them.
+#define TREE_ATTN_WGMMA(ELEMENT, NAME, COLS, D, ACC, I0, I1, I2, I3, I4, I5, I6)                                       \
+  template <>                                                                                                          \
+  struct Wgmma<ELEMENT, COLS> {                                                                                        \
+    template <bool kTransA = false, bool kTransB = false>                                                              \
+    static __device__ __forceinline__ void ss(float (&d)[COLS / 8][4], uint64_t a, uint64_t b, bool accumulate) {      \
+      asm volatile(                                                                                                    \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %" I2 ", 0;\n"                                                             \
+          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." NAME "." NAME " {" D "}, %" I0 ", %" I1                 \
+          ", p, 1, 1, %" I3 ", %" I4 ";\n}\n"                                                                          \
+          : ACC                                                                                                        \
+          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));                               \
+    }                                                                                                                  \
+    template <bool kTransB = false>                                                                                    \
+    static __device__ __forceinline__ void rs(float (&d)[COLS / 8][4], const uint32_t (&a)[4], uint64_t b,             \
+                                              bool accumulate) {                                                       \
+      asm volatile(                                                                                                    \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %" I5 ", 0;\n"                                                             \
+          "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." NAME "." NAME " {" D "}, {%" I0 ", %" I1 ", %" I2       \
+          ", %" I3 "}, %" I4 ", p, 1, 1, %" I6 ";\n}\n"                                                                \
+          : ACC                                                                                                        \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kTransB)));              \
+    }                                                                                                                  \
   };
-TREE_ATTN_WGMMA_64(__half, "f16")
-TREE_ATTN_WGMMA_64(__nv_bfloat16, "bf16")
-#undef TREE_ATTN_WGMMA_64
 
-#define TREE_ATTN_WGMMA_128(ELEMENT, NAME)                                                                  \
-  template <>                                                                                            \
-  struct Wgmma<ELEMENT, 128> {                                                                            \
-    template <bool kTransA = false, bool kTransB = false>                                                \
-    static __device__ __forceinline__ void ss(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) { \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "  \
-          "%64, %65, p, 1, 1, %67, %68;\n}\n"                                                        \
-          : TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8)                                                    \
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransA)), "n"(int(kTransB)));                 \
-    }                                                                                                    \
-    template <bool kTransB = false>                                                                      \
-    static __device__ __forceinline__ void rs(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,    \
-                                              bool accumulate) {                                         \
-      asm volatile(                                                                                      \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                    \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " "                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "  \
-          "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                        \
-          : TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8)                                                    \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kTransB))); \
-    }                                                                                                    \
-  };
-TREE_ATTN_WGMMA_128(__half, "f16")
-TREE_ATTN_WGMMA_128(__nv_bfloat16, "bf16")
-#undef TREE_ATTN_WGMMA_128
+#define TREE_ATTN_A32 TREE_ATTN_ACC32(0)
+TREE_ATTN_WGMMA(__half, "f16", 64, TREE_ATTN_D32, TREE_ATTN_A32, "32", "33", "34", "35", "36", "37", "38")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 64, TREE_ATTN_D32, TREE_ATTN_A32, "32", "33", "34", "35", "36", "37", "38")
 
+#define TREE_ATTN_A48 TREE_ATTN_ACC32(0), TREE_ATTN_ACC16(8)
+TREE_ATTN_WGMMA(__half, "f16", 96, TREE_ATTN_D48, TREE_ATTN_A48, "48", "49", "50", "51", "52", "53", "54")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 96, TREE_ATTN_D48, TREE_ATTN_A48, "48", "49", "50", "51", "52", "53", "54")
+
+#define TREE_ATTN_A64 TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8)
+TREE_ATTN_WGMMA(__half, "f16", 128, TREE_ATTN_D64, TREE_ATTN_A64, "64", "65", "66", "67", "68", "69", "70")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 128, TREE_ATTN_D64, TREE_ATTN_A64, "64", "65", "66", "67", "68", "69", "70")
+
+#define TREE_ATTN_A80 TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8), TREE_ATTN_ACC16(16)
+TREE_ATTN_WGMMA(__half, "f16", 160, TREE_ATTN_D80, TREE_ATTN_A80, "80", "81", "82", "83", "84", "85", "86")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 160, TREE_ATTN_D80, TREE_ATTN_A80, "80", "81", "82", "83", "84", "85", "86")
+
+#define TREE_ATTN_A96 TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8), TREE_ATTN_ACC32(16)
+TREE_ATTN_WGMMA(__half, "f16", 192, TREE_ATTN_D96, TREE_ATTN_A96, "96", "97", "98", "99", "100", "101", "102")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 192, TREE_ATTN_D96, TREE_ATTN_A96, "96", "97", "98", "99", "100", "101", "102")
+
+#define TREE_ATTN_A128 TREE_ATTN_ACC32(0), TREE_ATTN_ACC32(8), TREE_ATTN_ACC32(16), TREE_ATTN_ACC32(24)
+TREE_ATTN_WGMMA(__half, "f16", 256, TREE_ATTN_D128, TREE_ATTN_A128, "128", "129", "130", "131", "132", "133", "134")
+TREE_ATTN_WGMMA(__nv_bfloat16, "bf16", 256, TREE_ATTN_D128, TREE_ATTN_A128, "128", "129", "130", "131", "132", "133", "134")
+
+#undef TREE_ATTN_WGMMA
 #undef TREE_ATTN_ACC4
 #undef TREE_ATTN_ACC16
 #undef TREE_ATTN_ACC32
+#undef TREE_ATTN_A32
+#undef TREE_ATTN_A48
+#undef TREE_ATTN_A64
+#undef TREE_ATTN_A80
+#undef TREE_ATTN_A96
+#undef TREE_ATTN_A128
+#undef TREE_ATTN_D16
+#undef TREE_ATTN_D32
+#undef TREE_ATTN_D48
+#undef TREE_ATTN_D64
+#undef TREE_ATTN_D80
+#undef TREE_ATTN_D96
+#undef TREE_ATTN_D112
+#undef TREE_ATTN_D128
 
 }  // namespace tree_attn::hopper
