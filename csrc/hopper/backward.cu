@@ -34,14 +34,11 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
                                 : allow_shared_memory<hopper::backward_kernel<Tiles, false>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
 
-  portable::launch_plan<Tiles>(args, stream);
-  const size_t bytes = size_t{kv_heads} * args.work.padded_rows * kDim * sizeof(float);
-  if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;
-  hopper::split_tiles_kernel<Tiles, false><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
+  portable::launch_prepare<Tiles>(args, stream);
   const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
   kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
-  hopper::finish_q_kernel<Tiles><<<dim3(args.work.padded_rows / Tiles::kRows, kv_heads), kFinishThreads, 0, stream>>>(args);
-  hopper::split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
+  const int row_tiles = args.work.padded_rows / Tiles::kRows;
+  hopper::finish_kernel<Tiles><<<dim3(row_tiles + key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args, row_tiles);
   return cudaGetLastError();
 }
 

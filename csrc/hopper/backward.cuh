@@ -7,15 +7,17 @@
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers.
 // For dQ the dS' of both consumers meet in shared memory, in kScores buffers in turn; each consumer computes 64 x 64 of
-// dQ and adds them up in float32 in global memory, in the order of the registers, while its dK runs. K and V of the
-// next item come while one is computed.
+// dQ, and the copy engine adds them up in float32 in global memory, in the order of the registers: reductions by the
+// threads would keep their load/store unit busy for a fourth of the time. K of the next item comes while one is computed,
+// V once its last D' is there.
 //
 // dQ is computed one row tile late, across the ends of items. Then a consumer rarely waits for the other: they run
 // about half a row tile apart, and one multiplies while the other has its exponentials. Nobody waits in a circle,
 // because in the order "send row tile t; consumer 0 computes t; consumer 1 computes t; send t + 1; ..." every wait
 // comes after what it waits for: dQ of t - 1 needs dS of t - 1; dS of t a buffer whose dQ was finished with row tile
-// t - 1 or before; row tile t a stage that t - 2 has released; an item the place of the one before the last, released
-// with the first message of the last, of which every item has at least one.
+// t - 1 or before; row tile t a stage that t - 2 has released; keys the place of those of the item before the last, which
+// are released with the first message of the last item, of which every item has at least one; values those of the
+// last item with row tiles, and they are sent behind the first row tile, which waits for none of these.
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -31,7 +33,7 @@ using BackwardArguments = portable::BackwardArgumentsOf<TiledRows>;
 template <typename T_, int kDim_>
 struct BackwardTiles {
   using T = T_;
-  static constexpr int kDim = kDim_, kKeys = 128, kRows = row_tile(kDim_);
+  static constexpr int kDim = kDim_, kValueDim = kDim_, kKeys = 128, kRows = row_tile(kDim_);
   static constexpr int kStages = 2, kItems = 2, kScores = 2;  // buffers of row tiles, key tiles and dS'
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
@@ -42,8 +44,6 @@ struct BackwardTiles {
   static_assert((kRows == 128 && kDim == 64) || (kRows == 64 && kDim == 128));
   static_assert(kItems == 2 && kScores >= 2, "dQ comes late: the keys and dS' of the row tile before are still needed");
 
-  // Consumer 1 begins once consumer 0 has its first exponentials behind it.
-  static constexpr bool kStagger = true;
   // Registers of a thread. The shares of three warpgroups are at most 3 * 168, what the launch gives them; with more
   // they would wait for ever.
   static constexpr int kProducerRegisters = kDim == 64 ? 40 : 56, kConsumerRegisters = kDim == 64 ? 232 : 224;
@@ -55,19 +55,17 @@ struct BackwardTiles {
     alignas(1024) char q[kQBytes];
     char grad_out[kQBytes];
   };
-  struct Item {
-    alignas(1024) char k[kKBytes];
-    char v[kKBytes];
-  };
   struct Smem {
-    Item items[kItems];
+    alignas(1024) char k[kItems][kKBytes];
+    char v[kKBytes];
     Stage stages[kStages];
     char ds[kScores][kSBytes];
+    char staging[kReleases][kDqRegisters * kWarp * 4];  // of each warp: registers of dQ; rows of dV, then dK
     float log2_sums[kStages][kRows], deltas[kStages][kRows];
-    uint64_t item_full[kItems], item_empty[kItems], full[kStages], empty[kStages];
+    uint64_t item_full[kItems], item_empty[kItems], v_full, v_empty, full[kStages], empty[kStages];
     uint64_t ds_full[kScores], ds_empty[kScores];
-    int4 item[kItems];      // key tile or -1 for the end, key/value head, 1 if the tile has other items
-    int row_tile[kStages];  // first row + kPartial + kLast, or -1 for an item without any
+    int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items
+    int2 row_tile[kStages];  // first row + kPartial + kLast, or -1 for an item without any; number among all heads' tiles
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -97,10 +95,13 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   Ring<Tiles::kItems> slots;
 
   // A fresh barrier counts as one whose phase before is over, so all places are free at first.
+  Ring<1> values;
+  int k0 = 0;             // of the item
+  bool values_due = false;
   const auto send = [&](int message, int kv_head) {
     const int stage = stages.place();
     barrier_wait(at(smem.empty[stage]), stages.parity() ^ 1);
-    smem.row_tile[stage] = message;
+    smem.row_tile[stage] = {message, static_cast<int>((int64_t{kv_head} * work.padded_rows + message) / kRows)};
     const uint32_t full = at(smem.full[stage]);
     if (message < 0) {
       barrier_arrive(full);
@@ -117,6 +118,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
       const int64_t from = static_cast<int64_t>(kv_head) * work.padded_rows + row0;
       bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
       bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
+      if (values_due) {
+        const uint32_t v_full = at(smem.v_full);
+        barrier_wait(at(smem.v_empty), values.parity() ^ 1);
+        barrier_arrive_expect(v_full, Tiles::kKBytes);
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab)
+          tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, v_full, slab * 64, kv_head, k0);
+        ++values.steps;
+        values_due = false;
+      }
     }
     ++stages.steps;
   };
@@ -125,19 +136,18 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     const int taken = atomicAdd(work.counters, 1), kv_head = taken / items, slot = slots.place();
     ends = kv_head >= sizes.kv_heads;
     const int4 item = ends ? int4{0, 0, 0, 0} : work.items[taken - kv_head * items];
-    const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
+    const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
+    k0 = tile * kKeys, values_due = true;
     barrier_wait(at(smem.item_empty[slot]), slots.parity() ^ 1);
     smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, 0};
     if (ends) {
       barrier_arrive(item_full);
     } else {
-      barrier_arrive_expect(item_full, 2 * Tiles::kKBytes);
+      barrier_arrive_expect(item_full, Tiles::kKBytes);
 #pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        tma_load(at(smem.items[slot].k) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
-        tma_load(at(smem.items[slot].v) + slab * Tiles::kKSlab, v_map, item_full, slab * 64, kv_head, k0);
-      }
+      for (int slab = 0; slab < kSlabs; ++slab)
+        tma_load(at(smem.k[slot]) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
     }
 
     const KeySpan keys = KeySpan::load<kKeys>(call.mask, k0, sizes.keys);
@@ -160,38 +170,29 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   }
 }
 
-// dK or dV of a warp's 16 keys, registers -> smem -> gmem, by this warp alone. `tile` is laid out as V: a consumer
-// writes to what only it has read.
+// dK or dV of a warp's 16 keys, times `scale`, registers -> smem -> gmem, by this warp alone.
 template <typename Tiles>
-__device__ __forceinline__ void store_keys(char* tile, const Tensor3& x, int k0, int keys, int kv_head, int cols,
-                                           int warp, const float (&c)[Tiles::kDim / 8][4]) {
+__device__ __forceinline__ void store_keys(char* staging, const Tensor3& x, int tile, int keys, int kv_head, int cols,
+                                           int warp, float scale, float (&c)[Tiles::kDim / 8][4]) {
   using T = typename Tiles::T;
   using Slab = float[1][8][4];
-  const int lane = threadIdx.x % kWarp, row = warp * 16 + lane / 8, chunk = lane % 8;
+  constexpr int kSlab = 16 * 128;
+  const int lane = threadIdx.x % kWarp, row = lane / 8, key = tile * Tiles::kKeys + warp * 16 + row, chunk = lane % 8;
+#pragma unroll
+  for (int i = 0; i < Tiles::kDkRegisters; ++i) (&c[0][0])[i] *= scale;
 #pragma unroll
   for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
-    portable::store_accumulators<T, 64>(tile + slab * Tiles::kKSlab, warp * 16, 0,
-                                        reinterpret_cast<const Slab&>(c[slab * 8]));
+    portable::store_accumulators<T, 64>(staging + slab * kSlab, 0, 0, reinterpret_cast<const Slab&>(c[slab * 8]));
   __syncwarp();
-  T* const to = static_cast<T*>(x.data) + (k0 + row) * x.token_stride + kv_head * x.head_stride + chunk * 8;
+  T* const to = static_cast<T*>(x.data) + key * x.token_stride + kv_head * x.head_stride + chunk * 8;
 #pragma unroll
   for (int slab = 0; slab < Tiles::kDim / 64; ++slab)
 #pragma unroll
     for (int i = 0; i < 16; i += 4)
-      if (k0 + row + i < keys && slab * 64 + chunk * 8 < cols)
+      if (key + i < keys && slab * 64 + chunk * 8 < cols)
         *reinterpret_cast<int4*>(to + i * x.token_stride + slab * 64) =
-            *reinterpret_cast<const int4*>(tile + slab * Tiles::kKSlab + SmemTile<64>::offset(row + i, chunk));
+            *reinterpret_cast<const int4*>(staging + slab * kSlab + SmemTile<64>::offset(row + i, chunk));
   __syncwarp();
-}
-
-template <typename Tiles>
-__device__ __forceinline__ void store_grad_kv(const BackwardArguments& args, char* tile, int kv_head, int k0, int warp,
-                                              float (&dk)[Tiles::kDim / 8][4], const float (&dv)[Tiles::kDim / 8][4]) {
-  const Sizes& sizes = args.call.sizes;
-#pragma unroll
-  for (int i = 0; i < Tiles::kDkRegisters; ++i) (&dk[0][0])[i] *= args.scaling.scale;
-  store_keys<Tiles>(tile, args.call.grad_v, k0, sizes.keys, kv_head, sizes.value_dim, warp, dv);
-  store_keys<Tiles>(tile, args.call.grad_k, k0, sizes.keys, kv_head, sizes.head_dim, warp, dk);
 }
 
 // Where a warp's registers of dQ, and of dK and dV, are added up.
@@ -202,9 +203,8 @@ __device__ __forceinline__ float* grad_q_of(const Workspace& work, int kv_head, 
 }
 template <typename Tiles>
 __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int kv_head, int tile, int warp) {
-  const int64_t padded = (int64_t{args.call.sizes.keys} + Workspace::kKeyPadding - 1) / Workspace::kKeyPadding *
-                         Workspace::kKeyPadding;
-  return args.work.grad_kv + (kv_head * padded + int64_t{tile} * Tiles::kKeys) * (2 * Tiles::kDim) +
+  const int64_t key = kv_head * Workspace::padded_keys(args.call.sizes) + int64_t{tile} * Tiles::kKeys;
+  return args.work.grad_kv + key * (2 * Tiles::kDim) +
          warp * (2 * Tiles::kDkRegisters * kWarp);
 }
 
@@ -219,6 +219,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const int consumer = threadIdx.x / Tiles::kGroupThreads - 1, warp = threadIdx.x / kWarp - 4;  // of all consumers
   const int lane = threadIdx.x % kWarp;
   const uint32_t own_rows = consumer * Tiles::kGroupKeys * 128;  // of this consumer's keys in a slab of K or V
+  char* const staging = smem.staging[warp];
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
     __syncwarp();
     if (lane == 0) barrier_arrive(at(barrier));
@@ -227,16 +228,30 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   Ring<Tiles::kStages> stages;
   Ring<Tiles::kItems> slots;
   Ring<Tiles::kScores> scores;
+  Ring<1> values;
 
   // The row tile before, whose dQ is to come: its number among those of all heads * kItems + where its keys are;
   // negative for none. Its dS' are at the place before in the ring.
   int late = -1;
+  // The row tile whose dQ lies in this warp's staging, to be sent with the next fence: a fence of its own would wait for
+  // the stores. Negative for none.
+  int staged = -1;
+  const auto send_staged = [&] {
+    if (staged >= 0 && lane == 0)
+      bulk_add(grad_q_of<Tiles>(args.work, 0, 0, warp) + int64_t{staged} * (kRows * kDim), at(*staging),
+               sizeof(smem.staging[0]));
+    staged = -1;
+  };
+  const auto wait_for_staging = [&] {
+    if (lane == 0) bulk_wait_read();
+    __syncwarp();
+  };
   const auto late_slot = [&] { return late & (Tiles::kItems - 1); };
   const auto late_product = [&](float (&dq)[8][4]) {
     const Ring<Tiles::kScores> before{scores.steps - 1};
     barrier_wait(at(smem.ds_full[before.place()]), before.parity());
     const uint32_t ds = at(smem.ds[before.place()]) + (Tiles::kDqByRows ? consumer * Tiles::kSSlab : 0);
-    const uint32_t k = at(smem.items[late_slot()].k) + (Tiles::kDqByRows ? 0 : consumer * Tiles::kKSlab);
+    const uint32_t k = at(smem.k[late_slot()]) + (Tiles::kDqByRows ? 0 : consumer * Tiles::kKSlab);
     const uint64_t a = descriptor_mn_major(ds, Tiles::kSSlab), b = descriptor_mn_major(k, Tiles::kKSlab);
     wgmma_fence();
 #pragma unroll
@@ -246,11 +261,13 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     wgmma_commit();
   };
   const auto late_add = [&](const float (&dq)[8][4]) {
-    float* to = grad_q_of<Tiles>(args.work, 0, 0, warp) + int64_t{late / Tiles::kItems} * (kRows * kDim);
-    asm volatile("" : "+l"(to));  // one pointer and eight immediates, not eight pointers
-    portable::add_registers<Tiles::kDqRegisters>(to, &dq[0][0]);
     release(smem.ds_empty[Ring<Tiles::kScores>{scores.steps - 1}.place()]);
     if (late_slot() != slots.place()) release(smem.item_empty[late_slot()]);  // it was the last of its item
+    wait_for_staging();
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
+    staged = late / Tiles::kItems;
   };
 
   for (;;) {
@@ -268,38 +285,54 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     do {
       const int stage = stages.place();
       barrier_wait(at(smem.full[stage]), stages.parity());
-      message = smem.row_tile[stage];
+      const int2 row_tile = smem.row_tile[stage];
+      message = row_tile.x;
       if (message >= 0) {
         const int row0 = message & ~(kPartial | kLast);
         const uint32_t q = at(smem.stages[stage].q), grad_out = at(smem.stages[stage].grad_out);
         // S' and D' run along the columns of all four, dV and dK along the rows of Q and dO.
-        const uint64_t k_along = descriptor_k_major(at(smem.items[slot].k) + own_rows);
-        const uint64_t v_along = descriptor_k_major(at(smem.items[slot].v) + own_rows);
+        const uint64_t k_along = descriptor_k_major(at(smem.k[slot]) + own_rows);
+        const uint64_t v_along = descriptor_k_major(at(smem.v) + own_rows);
         const uint64_t q_along = descriptor_k_major(q), grad_out_along = descriptor_k_major(grad_out);
         const uint64_t q_down = descriptor_mn_major(q, Tiles::kQSlab);
         const uint64_t grad_out_down = descriptor_mn_major(grad_out, Tiles::kQSlab);
         float s[kRowTiles][4], d[kRowTiles][4];
 
-        const bool starts = Tiles::kStagger && late < 0;
-        if (starts && consumer == 1) named_sync(3, Tiles::kConsumers * Tiles::kGroupThreads);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kDim / 16; ++step)
           Wgmma<T, kRows>::ss(s, descriptor_at(k_along, step / 4 * Tiles::kKSlab + step % 4 * 32),
                               descriptor_at(q_along, step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
         wgmma_commit();
+        barrier_wait(at(smem.v_full), values.parity());
+        wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kDim / 16; ++step)
           Wgmma<T, kRows>::ss(d, descriptor_at(v_along, step / 4 * Tiles::kKSlab + step % 4 * 32),
                               descriptor_at(grad_out_along, step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
         wgmma_commit();
 
+        // What a thread needs of each row is read before the wait for a product, if there are registers: shared memory is
+        // slow to answer while products run.
+        constexpr bool kReadsEarly = kRowTiles == 8 && !kCapped;
+        float2 of_rows[kReadsEarly ? kRowTiles : 1];
+        const auto of_row = [&](const float (&from)[kRows], int n) {
+          return *reinterpret_cast<const float2*>(from + n * 8 + (lane % 4) * 2);
+        };
+        const auto read = [&](const float (&from)[kRows]) {
+#pragma unroll
+          for (int n = 0; n < kRowTiles; ++n) {
+            of_rows[n] = of_row(from, n);
+            compute_now(of_rows[n].x), compute_now(of_rows[n].y);
+          }
+        };
         const auto exponentials = [&](int n, float (&x)[4]) {
-          const float2 sums = *reinterpret_cast<const float2*>(smem.log2_sums[stage] + n * 8 + (lane % 4) * 2);
+          const float2 sums = kReadsEarly ? of_rows[n] : of_row(smem.log2_sums[stage], n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             x[e] = exp2_approx(x[e] * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
         };
+        if constexpr (kReadsEarly) read(smem.log2_sums[stage]);
         wgmma_wait<1>();
         if constexpr (kCapped) {
 #pragma unroll
@@ -347,15 +380,15 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
             for (int e = 0; e < 4; ++e) compute_now(s[n][e]);
           }
         }
-        if (starts && consumer == 0) named_arrive(3, Tiles::kConsumers * Tiles::kGroupThreads);
-
+        if constexpr (kReadsEarly) read(smem.deltas[stage]);
         uint32_t p[kRowTiles / 2][4], w[kRowTiles / 2][4];  // P' and dS'
         // The branches of this wait also keep the exponentials before the next: ptxas moves none across.
         barrier_wait(at(smem.ds_empty[scores.place()]), scores.parity() ^ 1);
         wgmma_wait<0>();
+        if (message & kLast) release(smem.v_empty);
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
-          const float2 deltas = *reinterpret_cast<const float2*>(smem.deltas[stage] + n * 8 + (lane % 4) * 2);
+          const float2 deltas = kReadsEarly ? of_rows[n] : of_row(smem.deltas[stage], n);
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[n][e] -= e % 2 ? deltas.y : deltas.x;
           if constexpr (kCapped) {  // S' still holds what the cap made; its derivative goes into dS'
@@ -389,6 +422,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                           w[i][3]);
         proxy_fence();
         release(smem.ds_full[scores.place()]);
+        send_staged();
 
         float dq[8][4];
         late_product(dq);  // of whatever is there when none is to come
@@ -398,7 +432,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
         wgmma_commit();
         wgmma_wait<1>();
         if (late >= 0) late_add(dq);
-        late = (item.y * args.work.padded_rows + row0) / kRows * Tiles::kItems + slot;
+        late = row_tile.y * Tiles::kItems + slot;
         ++scores.steps;
         wgmma_wait<0>();
       } else if (late >= 0) {  // its keys make room for the next item, and nothing may come after this one
@@ -411,21 +445,27 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       release(smem.empty[stage]);
       ++stages.steps;
     } while (message >= 0 && !(message & kLast));
-    if (item.x < 0) return;
+    if (staged >= 0) {
+      proxy_fence();
+      __syncwarp();
+      send_staged();
+    }
+    if (item.x < 0) break;
 
     if (item.z) {
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
     } else {
-      // Once all warps of this consumer are finished with its half of V, that takes dV and then dK.
-      named_sync(1 + consumer, Tiles::kGroupThreads);
-      store_grad_kv<Tiles>(args, smem.items[slot].v, item.y, item.x * Tiles::kKeys, warp, dk, dv);
-      proxy_fence();
+      wait_for_staging();
+      store_keys<Tiles>(staging, call.grad_v, item.x, sizes.keys, item.y, sizes.value_dim, warp, 1.f, dv);
+      store_keys<Tiles>(staging, call.grad_k, item.x, sizes.keys, item.y, sizes.head_dim, warp, args.scaling.scale, dk);
     }
     if (late < 0) release(smem.item_empty[slot]);  // no dQ that needs its keys
+    else ++values.steps;
     ++slots.steps;
   }
+  if (lane == 0) bulk_wait();
 }
 
 template <typename Tiles, bool kCapped>
@@ -441,6 +481,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.item_full[i]), 1);
       barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases);
     }
+    barrier_init(smem_address(&smem.v_full), 1);
+    barrier_init(smem_address(&smem.v_empty), Tiles::kReleases);
     for (int i = 0; i < Tiles::kStages; ++i) {
       barrier_init(smem_address(&smem.full[i]), 1);
       barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases);
@@ -472,40 +514,47 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
 
 constexpr int kFinishThreads = 256;  // as many as consumers: a thread reads what one of them has added
 
+// dQ of the row tile that begins with packed row `first`.
 template <typename Tiles>
-__global__ void __launch_bounds__(kFinishThreads) finish_q_kernel(const __grid_constant__ BackwardArguments args) {
+__device__ __forceinline__ void finish_rows(const BackwardArguments& args, char* staging, int first, int kv_head) {
   using T = typename Tiles::T;
-  __shared__ __align__(1024) char tile[Tiles::kQBytes];
-  const int first = blockIdx.x * Tiles::kRows, kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp, consumer = warp / 4;
   float dq[1][8][4];
   portable::read_registers<Tiles::kDqRegisters>(&dq[0][0][0], grad_q_of<Tiles>(args.work, kv_head, first, warp));
 #pragma unroll
   for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
-  const int consumer = warp / 4;
-  portable::store_accumulators<T, Tiles::kDim>(tile, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
+  portable::store_accumulators<T, Tiles::kDim>(staging, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
                                                Tiles::kDqByRows ? 0 : consumer * 8, dq);
   __syncthreads();
-  portable::TileCopy<T, Tiles::kDim, Tiles::kRows, kFinishThreads>::store_rows(tile, args.call.grad_q, args.rows, first,
-                                                                               kv_head, args.call.sizes.head_dim);
+  portable::TileCopy<T, Tiles::kDim, Tiles::kRows, kFinishThreads>::store_rows(
+      staging, args.call.grad_q, args.rows, first, kv_head, args.call.sizes.head_dim);
 }
 
-// For key tiles in several bands: kFinish false clears their float32 sums before, true converts them after.
-template <typename Tiles, bool kFinish>
-__global__ void __launch_bounds__(kFinishThreads) split_tiles_kernel(const __grid_constant__ BackwardArguments args) {
-  const int tile = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
+// dK and dV of a key tile in several bands.
+template <typename Tiles>
+__device__ __forceinline__ void finish_keys(const BackwardArguments& args, char* staging, int tile, int kv_head) {
   if (!portable::in_several_bands(args.work.tile_rows[tile])) return;
-  float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);
-  if constexpr (!kFinish) {
-#pragma unroll
-    for (int i = 0; i < 2 * Tiles::kDkRegisters / 4; ++i)
-      reinterpret_cast<float4*>(sums)[i * kWarp + threadIdx.x % kWarp] = {0.f, 0.f, 0.f, 0.f};
-  } else {
-    __shared__ __align__(1024) char staging[Tiles::kKBytes];
-    float dk[Tiles::kDim / 8][4], dv[Tiles::kDim / 8][4];
-    portable::read_registers<Tiles::kDkRegisters>(&dk[0][0], sums);
-    portable::read_registers<Tiles::kDkRegisters>(&dv[0][0], sums + Tiles::kDkRegisters * kWarp);
-    store_grad_kv<Tiles>(args, staging, kv_head, tile * Tiles::kKeys, warp, dk, dv);
-  }
+  const Sizes& sizes = args.call.sizes;
+  const int warp = threadIdx.x / kWarp;
+  const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);
+  const auto finish = [&](const Tensor3& x, int part, int cols, float scale) {
+    float c[Tiles::kDim / 8][4];
+    portable::read_registers<Tiles::kDkRegisters>(&c[0][0], sums + part * Tiles::kDkRegisters * kWarp);
+    store_keys<Tiles>(staging + warp * 16 * Tiles::kDim * 2, x, tile, sizes.keys, kv_head, cols, warp, scale, c);
+  };
+  finish(args.call.grad_k, 0, sizes.head_dim, args.scaling.scale);
+  finish(args.call.grad_v, 1, sizes.value_dim, 1.f);
+}
+
+// All that comes after the products, in one launch: `row_tiles` blocks a head, then one a key tile.
+template <typename Tiles>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ BackwardArguments args,
+                                                                int row_tiles) {
+  __shared__ __align__(1024) char staging[Tiles::kKBytes];
+  static_assert(Tiles::kKBytes >= Tiles::kQBytes);
+  const int block = blockIdx.x, kv_head = blockIdx.y;
+  if (block < row_tiles) finish_rows<Tiles>(args, staging, block * Tiles::kRows, kv_head);
+  else finish_keys<Tiles>(args, staging, block - row_tiles, kv_head);
 }
 
 }  // namespace tree_attn::hopper

@@ -265,20 +265,6 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   }
 }
 
-// 2^x without the special function unit, for x from -126 up (what is below counts as -126): 2^round(x) from the exponent's
-// bits, and a polynomial of degree 4 for the rest, 3e-6 relative.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = fmaxf(x, -126.f);
-  const float shifted = x + kRound, r = x - (shifted - kRound);
-  float y = 9.582852e-3f;
-  y = fmaf(y, r, 5.5906426e-2f);
-  y = fmaf(y, r, 2.4024099e-1f);
-  y = fmaf(y, r, 6.9312418e-1f);
-  y = fmaf(y, r, 1.f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
 // The softmax of one consumer's 64 rows. A thread holds two of them, 8 apart.
 template <typename Tiles>
 struct Softmax {
@@ -313,12 +299,7 @@ struct Softmax {
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float x = s[n][2 * h + c] * log2_scale - shift;
-#if TA_POLY
-          s[n][2 * h + c] = (n * 2 + c) % TA_POLY == 0 ? exp2_polynomial(x) : exp2_approx(x);
-#else
-          s[n][2 * h + c] = exp2_approx(x);
-#endif
+          s[n][2 * h + c] = exp2_approx(s[n][2 * h + c] * log2_scale - shift);
           total += s[n][2 * h + c];
         }
       sum[h] = sum[h] * correction[h] + total;

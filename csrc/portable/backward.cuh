@@ -66,10 +66,13 @@ struct Workspace {
   int max_items;
   int64_t bytes;
 
+  static __host__ __device__ int64_t padded_keys(const Sizes& s) {
+    return (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+  }
+
   // `rows`: packed rows of one key/value head.
   Workspace(void* base, const Sizes& s, int64_t rows, bool deterministic, int dim, int value_dim, int keys_per_tile) {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
-    const int64_t padded_keys = (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
     bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
     max_items = static_cast<int>(tiles * bands);
@@ -82,7 +85,7 @@ struct Workspace {
     take(log2_sum, s.kv_heads * int64_t{padded_rows});
     take(delta, s.kv_heads * int64_t{padded_rows});
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
-    take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys * (dim + value_dim));
+    take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys(s) * (dim + value_dim));
     take(band_items, 2 * bands + 1);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
     take(items, max_items);
@@ -150,62 +153,88 @@ __device__ __forceinline__ float* grad_q_of(const Workspace& work, int kv_head, 
 template <typename Tiles>
 __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int kv_head, int tile) {
   const int warp = threadIdx.x / kWarp;
-  const int64_t padded = (int64_t{args.call.sizes.keys} + Workspace::kKeyPadding - 1) / Workspace::kKeyPadding *
-                         Workspace::kKeyPadding;
-  return args.work.grad_kv + (kv_head * padded + int64_t{tile} * Tiles::kKeys) * (Tiles::kDim + Tiles::kValueDim) +
+  const int64_t key = kv_head * Workspace::padded_keys(args.call.sizes) + int64_t{tile} * Tiles::kKeys;
+  return args.work.grad_kv + key * (Tiles::kDim + Tiles::kValueDim) +
          warp * ((Tiles::kDkRegisters + Tiles::kDvRegisters) * kWarp);
 }
 
 // -- before: delta and the denominator of every row, the list of items ----------------------------------------------------
 
-// One warp a packed row: delta = sum(dO * O), and with a gradient of lse, sum over keys of softmax * grad_lse folded in.
-template <typename T, typename Rows>
-__global__ void prepare_rows_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args) {
+// kPrepareWarps warps of a block share the work before the products; the roles of blocks are in prepare_kernel.
+constexpr int kPrepareWarps = 8;
+
+// Rows that a warp prepares: kLanes lanes a row, each with 8 columns of O and dO, kPasses loads of each in flight.
+template <int kValueDim>
+struct PreparedRows {
+  static constexpr int kLanes = kValueDim <= 32 ? 4 : kValueDim <= 64 ? 8 : kValueDim <= 128 ? 16 : 32;
+  static constexpr int kPasses = 4, kPerPass = kWarp / kLanes, kRows = kPasses * kPerPass;
+  static_assert(Workspace::kRowPadding % kRows == 0);
+};
+
+// The statistics of the packed rows from `first` on: delta = sum(dO * O), and with a gradient of lse, sum over keys of
+// softmax * grad_lse folded in. And zeros for their dQ.
+template <typename Tiles, typename Rows>
+__device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& args, int first, int kv_head) {
+  using T = typename Tiles::T;
+  using Part = PreparedRows<Tiles::kValueDim>;
   const Backward& call = args.call;
-  const int row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int kv_head = blockIdx.y;
-  if (row >= args.work.padded_rows) return;
-  const int64_t to = static_cast<int64_t>(kv_head) * args.work.padded_rows + row;
-  if (!args.rows.valid(row)) {
-    if (lane == 0) args.work.log2_sum[to] = -negative_infinity(), args.work.delta[to] = 0.f;
-    return;
-  }
-  const int token = args.rows.token(row), head = args.rows.head(row, kv_head);
-  const T* out = static_cast<const T*>(call.out.data) + token * call.out.token_stride + head * call.out.head_stride;
-  const T* grad = static_cast<const T*>(call.grad_out.data) + token * call.grad_out.token_stride +
-                  head * call.grad_out.head_stride;
-  float delta = 0.f;
-  for (int col = lane * 8; col < call.sizes.value_dim; col += kWarp * 8) {
-    const int4 a = *reinterpret_cast<const int4*>(out + col), b = *reinterpret_cast<const int4*>(grad + col);
-    const uint32_t av[4] = {uint32_t(a.x), uint32_t(a.y), uint32_t(a.z), uint32_t(a.w)};
-    const uint32_t bv[4] = {uint32_t(b.x), uint32_t(b.y), uint32_t(b.z), uint32_t(b.w)};
+  const int lane = threadIdx.x % kWarp, col = lane % Part::kLanes * 8;
+  const int64_t packed = static_cast<int64_t>(kv_head) * args.work.padded_rows;
+
+  int4 out[Part::kPasses], grad[Part::kPasses];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = Element<T>::unpack(av[i]), y = Element<T>::unpack(bv[i]);
-      delta += x.x * y.x + x.y * y.y;
+  for (int i = 0; i < Part::kPasses; ++i) {
+    const int row = first + i * Part::kPerPass + lane / Part::kLanes;
+    out[i] = grad[i] = {0, 0, 0, 0};
+    if (args.rows.valid(row) && col < call.sizes.value_dim) {
+      const auto at = [&](const Tensor3& x) { return static_cast<const T*>(x.data) + args.rows.offset(x, row, kv_head) + col; };
+      out[i] = *reinterpret_cast<const int4*>(at(call.out));
+      grad[i] = *reinterpret_cast<const int4*>(at(call.grad_out));
     }
   }
+  if (!call.deterministic) {
+    float4* const dq = reinterpret_cast<float4*>(args.work.grad_q + (packed + first) * Tiles::kDim);
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
-  if (lane != 0) return;
+    for (int i = 0; i < Part::kRows * Tiles::kDim / 4 / kWarp; ++i) dq[i * kWarp + lane] = {0.f, 0.f, 0.f, 0.f};
+  }
+#pragma unroll
+  for (int i = 0; i < Part::kPasses; ++i) {
+    float delta = 0.f;
+    const uint32_t o[4] = {uint32_t(out[i].x), uint32_t(out[i].y), uint32_t(out[i].z), uint32_t(out[i].w)};
+    const uint32_t g[4] = {uint32_t(grad[i].x), uint32_t(grad[i].y), uint32_t(grad[i].z), uint32_t(grad[i].w)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 x = Element<T>::unpack(o[j]), y = Element<T>::unpack(g[j]);
+      delta += x.x * y.x + x.y * y.y;
+    }
+#pragma unroll
+    for (int step = Part::kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+    if (lane % Part::kLanes != 0) continue;
 
-  const int64_t at = static_cast<int64_t>(head) * call.sizes.rows + token;
-  const float lse = call.lse[at];
-  call.delta[at] = delta;
-  if (lse == negative_infinity()) {
-    args.work.log2_sum[to] = -negative_infinity(), args.work.delta[to] = 0.f;
-    return;
+    const int row = first + i * Part::kPerPass + lane / Part::kLanes;
+    float log2_sum = -negative_infinity();  // of a row that is none, or sees nothing
+    if (args.rows.valid(row)) {
+      const int token = args.rows.token(row), head = args.rows.head(row, kv_head);
+      const int64_t at = static_cast<int64_t>(head) * call.sizes.rows + token;
+      const float lse = call.lse[at];
+      call.delta[at] = delta;
+      if (lse == negative_infinity()) {
+        delta = 0.f;
+      } else {
+        float denominator = lse;  // logarithm of the whole denominator
+        if (call.sinks != nullptr) {
+          const float sink = call.sinks[head], high = fmaxf(lse, sink);
+          denominator = high + log1pf(expf(fminf(lse, sink) - high));
+        }
+        // lse leaves the sink out: its gradient is worth exp(denominator - lse) as much. Beyond exp(80) the row's
+        // probabilities have vanished in float32.
+        if (call.grad_lse != nullptr) delta -= call.grad_lse[at] * expf(fminf(denominator - lse, 80.f));
+        log2_sum = denominator * kLog2e;
+      }
+    }
+    args.work.log2_sum[packed + row] = log2_sum;
+    args.work.delta[packed + row] = delta;
   }
-  float denominator = lse;  // logarithm of the whole denominator
-  if (call.sinks != nullptr) {
-    const float sink = call.sinks[head], high = fmaxf(lse, sink);
-    denominator = high + log1pf(expf(fminf(lse, sink) - high));
-  }
-  // lse leaves the sink out: its gradient is worth exp(denominator - lse) as much. Beyond exp(80) the row's probabilities
-  // have vanished in float32.
-  if (call.grad_lse != nullptr) delta -= call.grad_lse[at] * expf(fminf(denominator - lse, 80.f));
-  args.work.log2_sum[to] = denominator * kLog2e;
-  args.work.delta[to] = delta;
 }
 
 // The packed rows [low, high) that see a key of the tile, low rounded down to whole row tiles.
@@ -224,7 +253,7 @@ __device__ __forceinline__ bool in_several_bands(int2 rows) {
 // One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
 // of bands and of key tiles, so it does not change from run to run.
 template <typename Tiles, typename Rows>
-__global__ void plan_items_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args) {
+__device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args) {
   const Sizes& sizes = args.call.sizes;
   const Workspace& work = args.work;
   const int tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
@@ -278,6 +307,46 @@ __global__ void plan_items_kernel(const __grid_constant__ BackwardArgumentsOf<Ro
     if (lane == 0) work.band_items[band] += __popc(wholes), work.band_items[work.bands + band] += __popc(parts);
     __syncwarp();
   });
+}
+
+// The float32 sums of dK and dV of a key tile in several bands begin with zeros.
+template <typename Tiles, typename Rows>
+__device__ __forceinline__ void clear_tile(const BackwardArgumentsOf<Rows>& args, int tile, int kv_head) {
+  const Sizes& sizes = args.call.sizes;
+  const KeySpan keys = KeySpan::load<Tiles::kKeys>(args.call.mask, tile * Tiles::kKeys, sizes.keys);
+  if (!in_several_bands(rows_of_tile(args, keys, Tiles::kRows))) return;
+  constexpr int kWidth = Tiles::kDim + Tiles::kValueDim;
+  const int64_t key = kv_head * Workspace::padded_keys(sizes) + int64_t{tile} * Tiles::kKeys;
+  float4* const sums = reinterpret_cast<float4*>(args.work.grad_kv + key * kWidth);
+  for (int i = threadIdx.x; i < Tiles::kKeys * kWidth / 4; i += blockDim.x) sums[i] = {0.f, 0.f, 0.f, 0.f};
+}
+
+// All that comes before the products, in one launch. Blocks of a head: one for the list of items, then those of the rows,
+// then one a key tile.
+template <typename Tiles>
+constexpr int kPreparedByBlock = kPrepareWarps * PreparedRows<Tiles::kValueDim>::kRows;
+
+template <typename Tiles, typename Rows>
+__global__ void __launch_bounds__(kPrepareWarps * kWarp, 4)
+    prepare_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args, int row_blocks) {
+  const int block = blockIdx.x - 1, kv_head = blockIdx.y;
+  if (block < 0) {
+    if (kv_head == 0) plan_items<Tiles>(args);
+  } else if (block < row_blocks) {
+    const int first = block * kPreparedByBlock<Tiles> + threadIdx.x / kWarp * PreparedRows<Tiles::kValueDim>::kRows;
+    if (first < args.work.padded_rows) prepare_rows<Tiles>(args, first, kv_head);
+  } else {
+    clear_tile<Tiles>(args, block - row_blocks, kv_head);
+  }
+}
+
+template <typename Tiles, typename Rows>
+void launch_prepare(const BackwardArgumentsOf<Rows>& args, cudaStream_t stream) {
+  const Sizes& sizes = args.call.sizes;
+  const int row_blocks = (args.work.padded_rows + kPreparedByBlock<Tiles> - 1) / kPreparedByBlock<Tiles>;
+  const int key_tiles = args.call.deterministic ? 0 : (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
+  prepare_kernel<Tiles>
+      <<<dim3(1 + row_blocks + key_tiles, sizes.kv_heads), kPrepareWarps * kWarp, 0, stream>>>(args, row_blocks);
 }
 
 // -- the products -----------------------------------------------------------------------------------------------------------
@@ -511,39 +580,20 @@ __global__ void __launch_bounds__(Tiles::kThreads) finish_q_kernel(const __grid_
                                                                       args.call.sizes.head_dim);
 }
 
-// For key tiles in several bands: kFinish false clears their float32 sums before, true converts them after.
-template <typename Tiles, bool kFinish>
-__global__ void __launch_bounds__(Tiles::kThreads) split_tiles_kernel(const __grid_constant__ BackwardArguments args) {
-  const Sizes& sizes = args.call.sizes;
-  const int tile = blockIdx.x, kv_head = blockIdx.y, k0 = tile * Tiles::kKeys;
-  const KeySpan keys = KeySpan::load<Tiles::kKeys>(args.call.mask, k0, sizes.keys);
-  if (!in_several_bands(rows_of_tile(args, keys, Tiles::kRows))) return;
-
-  float* sums = grad_kv_of<Tiles>(args, kv_head, tile);
-  if constexpr (!kFinish) {
-    constexpr int kVectors = (Tiles::kDkRegisters + Tiles::kDvRegisters) / 4;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      reinterpret_cast<float4*>(sums)[i * kWarp + threadIdx.x % kWarp] = {0.f, 0.f, 0.f, 0.f};
-  } else {
-    extern __shared__ __align__(1024) char smem[];
-    float dk[Tiles::kKeyTiles][Tiles::kDkTiles][4], dv[Tiles::kKeyTiles][Tiles::kDvTiles][4];
-    read_registers<Tiles::kDkRegisters>(&dk[0][0][0], sums);
-    read_registers<Tiles::kDvRegisters>(&dv[0][0][0], sums + Tiles::kDkRegisters * kWarp);
-    store_grad_kv<Tiles>(args, smem, smem + Tiles::kKBytes, kv_head, k0, dk, dv);
-  }
+// Key tiles in several bands.
+template <typename Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads) finish_tiles_kernel(const __grid_constant__ BackwardArguments args) {
+  const int tile = blockIdx.x, kv_head = blockIdx.y;
+  if (!in_several_bands(args.work.tile_rows[tile])) return;
+  extern __shared__ __align__(1024) char smem[];
+  const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile);
+  float dk[Tiles::kKeyTiles][Tiles::kDkTiles][4], dv[Tiles::kKeyTiles][Tiles::kDvTiles][4];
+  read_registers<Tiles::kDkRegisters>(&dk[0][0][0], sums);
+  read_registers<Tiles::kDvRegisters>(&dv[0][0][0], sums + Tiles::kDkRegisters * kWarp);
+  store_grad_kv<Tiles>(args, smem, smem + Tiles::kKBytes, kv_head, tile * Tiles::kKeys, dk, dv);
 }
 
 // -- launch -------------------------------------------------------------------------------------------------------------------
-
-// What comes before the products: the statistics of the rows and the list of items.
-template <typename Tiles, typename Rows>
-void launch_plan(const BackwardArgumentsOf<Rows>& args, cudaStream_t stream) {
-  constexpr int kWarps = 8;
-  const dim3 grid((args.work.padded_rows + kWarps - 1) / kWarps, args.call.sizes.kv_heads);
-  prepare_rows_kernel<typename Tiles::T><<<grid, kWarps * kWarp, 0, stream>>>(args);
-  plan_items_kernel<Tiles><<<1, 1024, 0, stream>>>(args);
-}
 
 template <typename Tiles>
 cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
@@ -559,20 +609,15 @@ cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, backward_kernel<Tiles>, Tiles::kThreads, Tiles::kSmem);
   constexpr int kFinishSmem = Tiles::kKBytes + Tiles::kVBytes;
-  if (error == cudaSuccess) error = allow_shared_memory<split_tiles_kernel<Tiles, true>>(kFinishSmem);
+  if (error == cudaSuccess) error = allow_shared_memory<finish_tiles_kernel<Tiles>>(kFinishSmem);
   if (error != cudaSuccess) return error;
 
-  launch_plan<Tiles>(args, stream);
-  if (!call.deterministic) {
-    const size_t bytes = size_t{kv_heads} * args.work.padded_rows * Tiles::kDim * sizeof(float);
-    if ((error = cudaMemsetAsync(args.work.grad_q, 0, bytes, stream)) != cudaSuccess) return error;
-    split_tiles_kernel<Tiles, false><<<dim3(key_tiles, kv_heads), Tiles::kThreads, 0, stream>>>(args);
-  }
+  launch_prepare<Tiles>(args, stream);
   const unsigned grid = min(static_cast<unsigned>(processors * max(blocks, 1)), args.work.max_items * kv_heads);
   backward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
   if (!call.deterministic) {
     finish_q_kernel<Tiles><<<dim3(args.work.padded_rows / Tiles::kRows, kv_heads), Tiles::kThreads, 0, stream>>>(args);
-    split_tiles_kernel<Tiles, true><<<dim3(key_tiles, kv_heads), Tiles::kThreads, kFinishSmem, stream>>>(args);
+    finish_tiles_kernel<Tiles><<<dim3(key_tiles, kv_heads), Tiles::kThreads, kFinishSmem, stream>>>(args);
   }
   return cudaGetLastError();
 }
