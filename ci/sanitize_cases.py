@@ -28,7 +28,7 @@ MOST_TOKENS = 400  # racecheck takes a minute for what is larger
 
 
 def classes(path: str) -> list[tuple[int, int]]:
-    """The head dims that a set of kernels has, which is also chosen for every call from here on."""
+    """The head dims whose forward a set of kernels has, which is also chosen for every call from here on."""
     os.environ[PATH_VARIABLE] = path
     request = Request(torch.device("cuda", 0), torch.bfloat16, 8, 2, 64, 64)
     able = CudaBackend()

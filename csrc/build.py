@@ -37,7 +37,7 @@ OLDEST_TORCH = (2, 9)
 COMMAND = "TREE_ATTN_CUDA=1 pip install --no-build-isolation -e ."
 
 # Kernels are templates. A source that names TA_HEAD_DIM is compiled once for each dtype and each class of head dims
-# that instances.h beside it lists, so that no file takes minutes; every other source is compiled once.
+# that instances.h beside it lists for it, so that no file takes minutes; every other source is compiled once.
 DTYPES = {"f16": 0, "bf16": 1}  # the values of DType in params.h
 HOPPER = "hopper/"  # sources below it are compiled for 90a alone, and only if 90a is asked for
 
@@ -174,19 +174,24 @@ def objects(csrc: Path, archs: list[Arch]) -> list[Object]:
         if "TA_HEAD_DIM" not in path.read_text():
             found.append(Object(source, stem, gencode))
             continue
-        for head_dim, value_dim in _classes(path.with_name("instances.h")):
+        for head_dim, value_dim in _classes(path):
             for dtype, number in DTYPES.items():
                 defines = [f"-DTA_DTYPE={number}", f"-DTA_HEAD_DIM={head_dim}", f"-DTA_VALUE_DIM={value_dim}"]
                 found.append(Object(source, f"{stem}.{dtype}.{head_dim}x{value_dim}", [*gencode, *defines]))
     return [*sorted(found, key=lambda o: (-_weight(o.name), o.name)), Object("ops.cpp", "ops", [])]
 
 
-def _classes(instances: Path) -> list[tuple[int, int]]:
-    """``(head_dim, value_dim)`` of each ``X(head_dim, value_dim)`` in the list ``TREE_ATTN_CLASSES``."""
-    listed = re.search(r"#define TREE_ATTN_(?:HOPPER_)?CLASSES\(X\)((?:.*\\\n)*.*)", instances.read_text())
-    classes = re.findall(r"X\((\d+),\s*(\d+)\)", listed[1]) if listed else []
+def _classes(source: Path) -> list[tuple[int, int]]:
+    """``(head_dim, value_dim)`` of each ``X(head_dim, value_dim)`` in the list for a source in instances.h beside it.
+
+    For forward.cu that is ``TREE_ATTN_..._FORWARD_CLASSES``, or where there is none ``TREE_ATTN_CLASSES``.
+    """
+    instances = source.with_name("instances.h")
+    lists = dict(re.findall(r"#define TREE_ATTN_(\w*)CLASSES\(X\)((?:.*\\\n)*.*)", instances.read_text()))
+    own = [listed for name, listed in lists.items() if name.endswith(f"_{source.stem.upper()}_")]
+    classes = re.findall(r"X\((\d+),\s*(\d+)\)", (own or [lists.get("", "")])[0])
     if not classes:
-        raise BuildError(f"{instances} lists no TREE_ATTN_CLASSES")
+        raise BuildError(f"{instances} lists no classes for {source.name}")
     return [(int(head_dim), int(value_dim)) for head_dim, value_dim in classes]
 
 

@@ -11,7 +11,24 @@
 namespace tree_attn {
 namespace {
 
-// Does the library hold the Hopper kernels, and the device run them? A tile holds whole tokens, so a group has at most 128
+// NAME(sizes, run) calls run(dim, value_dim), as integral constants, with the smallest class of a list that holds the
+// dimensions; where none does it returns the default, such as false.
+#define TREE_ATTN_TRY(D, DV)                \
+  if (s.head_dim <= D && s.value_dim <= DV) \
+    return run(std::integral_constant<int, D>{}, std::integral_constant<int, DV>{});
+#define TREE_ATTN_WITH(NAME, CLASSES)                                                                        \
+  template <typename Run>                                                                                    \
+  auto NAME(const Sizes& s, Run run) {                                                                       \
+    CLASSES(TREE_ATTN_TRY)                                                                                   \
+    return decltype(run(std::integral_constant<int, 64>{}, std::integral_constant<int, 64>{})){};            \
+  }
+TREE_ATTN_WITH(with_class, TREE_ATTN_CLASSES)
+TREE_ATTN_WITH(with_hopper_forward, TREE_ATTN_HOPPER_FORWARD_CLASSES)
+TREE_ATTN_WITH(with_hopper_backward, TREE_ATTN_HOPPER_BACKWARD_CLASSES)
+#undef TREE_ATTN_WITH
+#undef TREE_ATTN_TRY
+
+// Does the library hold the Hopper forward, and the device run it? A tile holds whole tokens, so a group has at most 128
 // heads; a scale that is not positive is left to the portable kernels.
 bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config) {
 #if TREE_ATTN_HOPPER
@@ -20,52 +37,31 @@ bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config)
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-  return major == 9 && minor == 0 && s.head_dim <= 128 && s.value_dim <= 128;
+  return major == 9 && minor == 0 && with_hopper_forward(s, [](auto, auto) { return true; });
 #else
   return false;
 #endif
 }
 
-// The Hopper backward as well? It adds up dQ in any order, so deterministic calls go to the portable kernels.
+// The Hopper backward as well? It has fewer classes, and adds up dQ in any order, so deterministic calls go to the portable
+// kernels.
 bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool deterministic, const Config& config) {
 #if TREE_ATTN_HOPPER
   const int group = s.heads / s.kv_heads;
   return !deterministic && group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
-         on_hopper(s, scale, softcap, config);
+         with_hopper_backward(s, [](auto, auto) { return true; }) && on_hopper(s, scale, softcap, config);
 #else
   return false;
 #endif
 }
 
 #if TREE_ATTN_HOPPER
-// Calls run(dim, value_dim) with the smallest compiled class of the Hopper kernels that holds the dimensions.
-template <typename Run>
-auto with_hopper_class(const Sizes& s, Run run) {
-#define TREE_ATTN_TRY(D, DV)                \
-  if (s.head_dim <= D && s.value_dim <= DV) \
-    return run(std::integral_constant<int, D>{}, std::integral_constant<int, DV>{});
-  TREE_ATTN_HOPPER_CLASSES(TREE_ATTN_TRY)
-#undef TREE_ATTN_TRY
-  return decltype(run(std::integral_constant<int, 64>{}, std::integral_constant<int, 64>{})){};
-}
-
 // TMA describes no tensor that repeats rows (a stride of 0, from expand()).
 template <typename... Tensors>
 bool repeats_rows(const Tensors&... tensors) {
   return ((tensors.token_stride <= 0 || tensors.head_stride <= 0) || ...);
 }
 #endif
-
-// Calls run(dim, value_dim) with the smallest compiled class that holds the dimensions, as integral constants.
-template <typename Run>
-auto with_class(const Sizes& s, Run run) {
-#define TREE_ATTN_TRY(D, DV)                    \
-  if (s.head_dim <= D && s.value_dim <= DV)     \
-    return run(std::integral_constant<int, D>{}, std::integral_constant<int, DV>{});
-  TREE_ATTN_CLASSES(TREE_ATTN_TRY)
-#undef TREE_ATTN_TRY
-  return decltype(run(std::integral_constant<int, 256>{}, std::integral_constant<int, 256>{})){};
-}
 
 bool supported(const Sizes& s) {
   return s.head_dim >= 8 && s.head_dim <= 256 && s.head_dim % 8 == 0 && s.value_dim >= 8 && s.value_dim <= 256 &&
@@ -97,7 +93,7 @@ cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stre
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
 #if TREE_ATTN_HOPPER
   if (on_hopper(call.sizes, call.scale, call.softcap, config) && !repeats_rows(call.q, call.k, call.v)) {
-    return with_hopper_class(call.sizes, [&](auto dim, auto value_dim) {
+    return with_hopper_forward(call.sizes, [&](auto dim, auto value_dim) {
       return call.dtype == DType::kFloat16 ? hopper::launch_forward<__half, dim(), value_dim()>(call, stream)
                                            : hopper::launch_forward<__nv_bfloat16, dim(), value_dim()>(call, stream);
     });
@@ -114,7 +110,7 @@ cudaError_t backward(const Backward& call, const Config& config, cudaStream_t st
 #if TREE_ATTN_HOPPER
   if (on_hopper_backward(call.sizes, call.scale, call.softcap, call.deterministic, config) &&
       !repeats_rows(call.q, call.k, call.v, call.grad_out)) {
-    return with_hopper_class(call.sizes, [&](auto dim, auto value_dim) {
+    return with_hopper_backward(call.sizes, [&](auto dim, auto value_dim) {
       return call.dtype == DType::kFloat16 ? hopper::launch_backward<__half, dim(), value_dim()>(call, stream)
                                            : hopper::launch_backward<__nv_bfloat16, dim(), value_dim()>(call, stream);
     });
@@ -136,7 +132,7 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
       sizes, [&](auto dim, auto value_dim) { return bytes(portable::PackedRows(sizes).count, dim(), value_dim()); });
 #if TREE_ATTN_HOPPER
   if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
-    return std::max(portable_bytes, with_hopper_class(sizes, [&](auto dim, auto value_dim) {
+    return std::max(portable_bytes, with_hopper_backward(sizes, [&](auto dim, auto value_dim) {
       return bytes(hopper::TiledRows(sizes, hopper::row_tile(dim())).count, dim(), value_dim());
     }));
   }

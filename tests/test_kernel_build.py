@@ -169,6 +169,26 @@ def test_every_class_is_compiled_for_both_dtypes_and_hopper_for_90a_alone(tmp_pa
     assert "dispatch" in [o.name for o in older]
 
 
+def test_a_source_may_have_classes_of_its_own(tmp_path):
+    for name in ("forward.cu", "backward.cu", "backward_dq.cu"):
+        (tmp_path / "hopper").mkdir(exist_ok=True)
+        (tmp_path / "hopper" / name).write_text("launch<TA_HEAD_DIM>();")
+    (tmp_path / "hopper" / "instances.h").write_text(
+        "#define TREE_ATTN_CLASSES(X) X(32, 32)\n"
+        "#define TREE_ATTN_HOPPER_FORWARD_CLASSES(X) X(64, 64) X(256, 256)\n"
+        "#define TREE_ATTN_HOPPER_BACKWARD_CLASSES(X) X(64, 64)\n"
+    )
+    assert {o.name for o in build.objects(tmp_path, build.parse_archs("90a")) if ".f16." in o.name} == {
+        "hopper/forward.f16.64x64",
+        "hopper/forward.f16.256x256",
+        "hopper/backward.f16.64x64",
+        "hopper/backward_dq.f16.32x32",
+    }
+    (tmp_path / "hopper" / "instances.h").write_text("#define TREE_ATTN_HOPPER_FORWARD_CLASSES(X) X(64, 64)\n")
+    with pytest.raises(build.BuildError, match=r"lists no classes for backward\.cu"):
+        build.objects(tmp_path, build.parse_archs("90a"))
+
+
 # -- what ptxas said -------------------------------------------------------------------------------------------------
 
 PTXAS = """\

@@ -6,17 +6,32 @@
 #include "instances.h"
 #include "maps.h"
 
-#ifndef TA_VST
-#define TA_VST 2
-#endif
-#ifndef TA_KEYS
-#define TA_KEYS 160
-#endif
 namespace tree_attn::hopper {
-constexpr int kForwardKeys = TA_KEYS;
+
+struct ForwardShape {
+  int keys, value_stages, q_buffers;
+};
+// From 96 on the most keys that leave two stages of K and V in shared memory and spill no registers, and a second buffer of Q
+// where it fits beside them.
+constexpr ForwardShape forward_shape(int dim, int value_dim) {
+  ForwardShape shape = dim <= 64          ? ForwardShape{128, 2, 2}
+                       : dim <= 128       ? ForwardShape{160, 2, 2}
+                       : value_dim <= 128 ? ForwardShape{128, 2, 1}
+                       : dim <= 192       ? ForwardShape{96, 2, 1}
+                                          : ForwardShape{64, 2, 1};
+#ifdef TA_KEYS
+  shape.keys = TA_KEYS;
+#endif
+#ifdef TA_VST
+  shape.value_stages = TA_VST;
+#endif
+  return shape;
+}
+
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
-  using Tiles = ForwardTiles<T, kDim, kValueDim, kForwardKeys, TA_VST, 2>;
+  constexpr ForwardShape kShape = forward_shape(kDim, kValueDim);
+  using Tiles = ForwardTiles<T, kDim, kValueDim, kShape.keys, kShape.value_stages, kShape.q_buffers>;
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = std::min(Tiles::kRows / group, s.rows);
   const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;

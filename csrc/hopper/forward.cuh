@@ -8,7 +8,16 @@
 //
 // The two consumers take turns (named barriers): one does its softmax while the other's products run. A consumer goes from
 // tile to tile without regard to items: the scores of an item's first tile are computed while the values of the last tile
-// of the item before are added up.
+// of the item before are added up. Q of the next item must be there by then:
+//
+//   two buffers:  Q comes while the item before is computed. O is staged in the place of the item's own Q, so that one is
+//                 free once the item is finished.
+//   one buffer:   (where two do not fit) O is staged elsewhere, 64 columns at a time, and Q is free once the scores of the
+//                 item's last tile are there; the next Q comes during the softmax of these.
+//
+// Nobody waits in a circle: whatever frees the slot that the loader waits for needs nothing but what it has sent before.
+// With one buffer the wait for Q ends with the scores of the last tile, for which the consumers need K of that tile, V of
+// the tile before it, and each other's turns, which no consumer holds while it waits for Q.
 #pragma once
 
 #include "../params.h"
@@ -25,12 +34,13 @@ struct ForwardTiles {
   static constexpr int kBlock = 32, kBlocks = kKeys / kBlock;
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kQBuffers = kQBuffers_;
+  static constexpr bool kStagedInQ = kQBuffers > 1;  // O, on its way out
   static constexpr int kStages = 2, kValueStages = kValueStages_;  // of keys, and of values
   static constexpr int kSlabs = (kDim + 63) / 64, kValueSlabs = (kValueDim + 63) / 64;  // of 64 columns
   static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;
   static constexpr int kQBytes = kSlabs * kQSlab, kKBytes = kSlabs * kKSlab, kVBytes = kValueSlabs * kKSlab;
   static constexpr int kRounds = 4, kWords = 8;  // of the planner; a round is kWords times 32 blocks
-  static_assert(kValueSlabs <= kSlabs, "O takes the place of Q");
+  static_assert(!kStagedInQ || kValueSlabs <= kSlabs, "O takes the place of Q");
   static_assert(kKeys % kBlock == 0 && kKSlab % 1024 == 0);
 
   struct Tile {
@@ -48,7 +58,8 @@ struct ForwardTiles {
     alignas(1024) char q[kQBuffers][kQBytes];
     char k[kStages][kKBytes];
     char v[kValueStages][kVBytes];
-    int row_end[kStages][kKeys];  // of partial blocks: one past the last row that sees each key
+    char out[kStagedInQ ? 1 : kQSlab];
+    alignas(8) int row_end[kStages][kKeys];  // of partial blocks: one past the last row that sees each key
     Tile tiles[kStages];
     Round rounds[kRounds];
     uint64_t q_full[kQBuffers], q_empty[kQBuffers], k_full[kStages], k_empty[kStages];
@@ -220,6 +231,7 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
     __syncwarp();
     if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.slot]), Tiles::kKBytes);
     load_blocks(smem.k[stage.slot], maps.k, maps.k_tile, smem.k_full[stage.slot], Tiles::kSlabs, rows.kv_head, block);
+    if (Tiles::kQBuffers == 1) send_values();  // the place of these is free before that of Q
     if (first) {  // Q goes behind K, which need not wait for the consumers to finish an item before
       if (lane == 0) {
         barrier_wait(at(smem.q_empty[buffer.slot]), buffer.parity);
@@ -231,7 +243,7 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
       }
       buffer.advance();
     }
-    send_values();
+    if (Tiles::kQBuffers > 1) send_values();
     value_block = block, value_head = rows.kv_head;
     stage.advance();
     count = 0, partial = 0, first = flags & kLast;
@@ -348,6 +360,7 @@ template <typename Tiles>
 __device__ __forceinline__ void consume(const ForwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
   constexpr int kKeyTiles = Tiles::kKeys / 8, kValueTiles = Tiles::kValueDim / 8;
+  constexpr int kStagedTiles = Tiles::kStagedInQ ? kValueTiles : 8;
   const Forward& call = args.call;
   const Sizes& sizes = call.sizes;
   const auto at = [](auto& x) { return smem_address(&x); };
@@ -374,8 +387,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     __syncwarp();
     if (lane == 0) barrier_arrive(at(barrier));
   };
+  const auto release_q = [&](int flags) {  // once the scores are there
+    if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.slot]);
+  };
   const auto issue_scores = [&] {
-    const uint64_t q = descriptor_k_major(at(smem.q[buffer.slot]) + consumer * Tiles::kGroupRows * 128);
+    const uint32_t q_rows = at(smem.q[buffer.slot]) + consumer * Tiles::kGroupRows * 128;
+    // Descriptors of the only buffer are always the same; kept in registers they would make others spill.
+    const uint64_t q = descriptor_k_major(Tiles::kQBuffers == 1 ? recomputed(q_rows) : q_rows);
     const uint64_t k = descriptor_k_major(at(smem.k[stage.slot]));
     wgmma_fence();
 #pragma unroll
@@ -414,11 +432,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     release(smem.k_empty[stage.slot]);
     return softmax.update(s, args.scaling.log2_scale, slack, correction);
   };
-  // The item's rows are complete: O registers -> the place of its Q -> gmem.
+  // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem.
   const auto finish_item = [&](int q_buffer) {
     const int first_token = rows.first_token, kv_head = rows.kv_head, group = args.group.divisor;
     const int group_rows = args.tile_tokens * group;
-    char* const staged = smem.q[q_buffer];
+    char* const staged = Tiles::kStagedInQ ? smem.q[q_buffer] : smem.out;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + h * 8 + lane / 4, in_tile = args.group.divide(row), token = first_token + in_tile;
@@ -436,27 +454,37 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n) o[n][2 * h] *= inverse, o[n][2 * h + 1] *= inverse;
     }
-    // This warp's rows of Q have been read: all warps of the consumer have waited for the scores, then taken their turn.
+    // If they go to this warp's rows of Q, those have been read: all warps of the consumer have waited for the scores, then
+    // taken their turn.
     const int row = warp_row + lane % 16;
-#pragma unroll
-    for (int n = 0; n < kValueTiles; n += 2)
-      store_matrix_x4(at(*staged) + n / 8 * Tiles::kQSlab + row * 128 + (((n % 8 + lane / 16) ^ (row & 7)) << 4),
-                      Element<T>::pack(o[n][0], o[n][1]), Element<T>::pack(o[n][2], o[n][3]),
-                      Element<T>::pack(o[n + 1][0], o[n + 1][1]), Element<T>::pack(o[n + 1][2], o[n + 1][3]));
-    __syncwarp();
     T* const out = static_cast<T*>(call.out.data);
 #pragma unroll
-    for (int i = 0; i < 16 * kValueTiles / kWarp; ++i) {
-      const int index = i * kWarp + lane, chunk = index % kValueTiles, from = warp_row + index / kValueTiles;
-      const int in_tile = args.group.divide(from), token = first_token + in_tile;
-      const int head = kv_head * group + from - in_tile * group;
-      if (from < group_rows && token < sizes.rows && chunk * 8 < sizes.value_dim)
-        *reinterpret_cast<int4*>(out + token * call.out.token_stride + head * call.out.head_stride + chunk * 8) =
-            *reinterpret_cast<const int4*>(staged + chunk / 8 * Tiles::kQSlab + from * 128 +
-                                           ((chunk % 8 ^ (from & 7)) << 4));
+    for (int first = 0; first < kValueTiles; first += kStagedTiles) {
+      constexpr int kChunks = kStagedTiles;  // of 16 bytes a row
+#pragma unroll
+      for (int n = 0; n < kStagedTiles && first + n < kValueTiles; n += 2) {
+        const float(&low)[4] = o[first + n], (&high)[4] = o[first + n + 1];
+        store_matrix_x4(at(*staged) + n / 8 * Tiles::kQSlab + row * 128 + (((n % 8 + lane / 16) ^ (row & 7)) << 4),
+                        Element<T>::pack(low[0], low[1]), Element<T>::pack(low[2], low[3]),
+                        Element<T>::pack(high[0], high[1]), Element<T>::pack(high[2], high[3]));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 16 * kChunks / kWarp; ++i) {
+        const int index = i * kWarp + lane, chunk = index % kChunks, from = warp_row + index / kChunks;
+        const int in_tile = args.group.divide(from), token = first_token + in_tile;
+        const int head = kv_head * group + from - in_tile * group, column = (first + chunk) * 8;
+        if (from < group_rows && token < sizes.rows && column < sizes.value_dim)
+          *reinterpret_cast<int4*>(out + token * call.out.token_stride + head * call.out.head_stride + column) =
+              *reinterpret_cast<const int4*>(staged + chunk / 8 * Tiles::kQSlab + from * 128 +
+                                             ((chunk % 8 ^ (from & 7)) << 4));
+      }
+      if (!Tiles::kStagedInQ) __syncwarp();  // the next columns go to the same place
     }
-    proxy_fence();
-    release(smem.q_empty[q_buffer]);
+    if (Tiles::kStagedInQ) {
+      proxy_fence();
+      release(smem.q_empty[q_buffer]);
+    }
   };
 
   barrier_wait(at(smem.k_full[stage.slot]), stage.parity);
@@ -468,6 +496,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     issue_scores();
     pass_turn();
     wgmma_wait<0>();
+    release_q(flags);
     to_probabilities(flags);
     to_operand<T>(p, s);
 
@@ -495,6 +524,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       issue_values(value_stage.slot, accumulate);
       pass_turn();
       wgmma_wait<1>();
+      release_q(flags);
       if (last) {
         wgmma_wait<0>();
         release(smem.v_empty[value_stage.slot]);

@@ -125,6 +125,12 @@ __device__ __forceinline__ void wgmma_wait() {
 // to run beside a product behind the wait for that product.
 __device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x)); }
 
+// `x`, but the compiler does not know that: it computes anew what depends on it instead of keeping that through a loop.
+__device__ __forceinline__ uint32_t recomputed(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A tile in shared memory is slabs of 64 columns (128 bytes a row, 128-byte swizzle, 1024 bytes for 8 rows). Descriptors
 // ("Matrix Descriptor Format") of it:
 //   K-major, the product runs along the columns: 8-row groups are 1024 bytes apart; a step of 16 columns is 32 bytes on.

@@ -3,9 +3,9 @@
 Memory is that of torch's allocator and nothing waits for the GPU, so calls can be captured in CUDA graphs. Two
 environment variables, read at every call, are for tests and measurements: ``TREE_ATTN_CUDA_PATH`` (``portable`` or
 ``hopper``) forces one set of kernels, ``TREE_ATTN_CUDA_SMEM`` limits the shared memory of a block, in bytes, to that of
-a smaller GPU. Where the Hopper set lacks a kernel the portable one runs: for head dims above 128, for a scale that is
-not positive, for repeated rows (``expand``), and in the backward for more than 64 query heads a key/value head and for
-deterministic calls.
+a smaller GPU. Where the Hopper set lacks a kernel the portable one runs: for a scale that is not positive, for repeated
+rows (``expand``), for more than 128 query heads a key/value head, and in the backward for head dims above 128, for more
+than 64 query heads a key/value head and for deterministic calls.
 """
 
 from __future__ import annotations
