@@ -9,35 +9,27 @@
 namespace tree_attn::hopper {
 
 struct ForwardShape {
-  int keys, value_stages, q_buffers;
+  int keys, q_buffers;
 };
-// From 96 on the most keys that leave two stages of K and V in shared memory and spill no registers, and a second buffer of Q
-// where it fits beside them.
+// The most keys that leave two stages of K and V in shared memory and spill no registers, and a second buffer of Q where it
+// fits beside them. At head dim 64 more would fit: 192 keys are faster on long sequences and slower on short paths.
 constexpr ForwardShape forward_shape(int dim, int value_dim) {
-  ForwardShape shape = dim <= 64          ? ForwardShape{128, 2, 2}
-                       : dim <= 128       ? ForwardShape{160, 2, 2}
-                       : value_dim <= 128 ? ForwardShape{128, 2, 1}
-                       : dim <= 192       ? ForwardShape{96, 2, 1}
-                                          : ForwardShape{64, 2, 1};
-#ifdef TA_KEYS
-  shape.keys = TA_KEYS;
-#endif
-#ifdef TA_VST
-  shape.value_stages = TA_VST;
-#endif
-  return shape;
+  return dim <= 128         ? ForwardShape{160, 2}
+         : value_dim <= 128 ? ForwardShape{128, 1}
+         : dim <= 192       ? ForwardShape{96, 1}
+                            : ForwardShape{64, 1};
 }
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   constexpr ForwardShape kShape = forward_shape(kDim, kValueDim);
-  using Tiles = ForwardTiles<T, kDim, kValueDim, kShape.keys, kShape.value_stages, kShape.q_buffers>;
+  using Tiles = ForwardTiles<T, kDim, kValueDim, kShape.keys, kShape.q_buffers>;
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = std::min(Tiles::kRows / group, s.rows);
   const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;
-  const ForwardArguments args{call,         FastDivisor(group),     tile_tokens,
-                              row_tiles,    row_tiles * s.kv_heads, call.scratch,
-                              Scaling(call.scale, call.softcap)};
+  const Scaling scaling(call.scale, call.softcap);
+  const ForwardArguments args{call, FastDivisor(group), tile_tokens, row_tiles, row_tiles * s.kv_heads,
+                              call.scratch, scaling, 8.f / scaling.log2_scale};
 
   ForwardMaps maps;
   if (!make_map<T>(&maps.q, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||

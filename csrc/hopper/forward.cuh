@@ -20,6 +20,9 @@
 // the tile before it, and each other's turns, which no consumer holds while it waits for Q.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "../params.h"
 #include "../scores.cuh"
 #include "../tile_mask.cuh"
@@ -27,7 +30,7 @@
 
 namespace tree_attn::hopper {
 
-template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kValueStages_, int kQBuffers_>
+template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kQBuffers_>
 struct ForwardTiles {
   using T = T_;
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
@@ -35,7 +38,7 @@ struct ForwardTiles {
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kQBuffers = kQBuffers_;
   static constexpr bool kStagedInQ = kQBuffers > 1;  // O, on its way out
-  static constexpr int kStages = 2, kValueStages = kValueStages_;  // of keys, and of values
+  static constexpr int kStages = 2;  // of keys, and of values
   static constexpr int kSlabs = (kDim + 63) / 64, kValueSlabs = (kValueDim + 63) / 64;  // of 64 columns
   static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;
   static constexpr int kQBytes = kSlabs * kQSlab, kKBytes = kSlabs * kKSlab, kVBytes = kValueSlabs * kKSlab;
@@ -57,13 +60,12 @@ struct ForwardTiles {
   struct Smem {
     alignas(1024) char q[kQBuffers][kQBytes];
     char k[kStages][kKBytes];
-    char v[kValueStages][kVBytes];
+    char v[kStages][kVBytes];
     char out[kStagedInQ ? 1 : kQSlab];
     alignas(8) int row_end[kStages][kKeys];  // of partial blocks: one past the last row that sees each key
     Tile tiles[kStages];
     Round rounds[kRounds];
-    uint64_t q_full[kQBuffers], q_empty[kQBuffers], k_full[kStages], k_empty[kStages];
-    uint64_t v_full[kValueStages], v_empty[kValueStages];
+    uint64_t q_full[kQBuffers], q_empty[kQBuffers], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     uint64_t round_full[kRounds], round_empty[kRounds];
   };
   static constexpr int kSmem = sizeof(Smem);
@@ -78,6 +80,7 @@ struct ForwardArguments {
   int items;     // row tiles of all key/value heads
   int* counter;  // of the items taken after each block's first
   Scaling scaling;
+  float slack;  // of scores: what makes 8 of their base-2 logarithms
 };
 
 struct ForwardMaps {
@@ -122,7 +125,7 @@ __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tile
     const int keys = mask.row_begin == nullptr ? min(sizes.keys, span.q1) : sizes.keys;
     const int blocks = end ? 1 : (keys + Tiles::kBlock - 1) / Tiles::kBlock;
     for (int base = 0; base < blocks; base += Tiles::kWords * kWarp) {
-      uint32_t needed[Tiles::kWords], full[Tiles::kWords], any = 0;
+      uint32_t needed = 0, full = 0, any = 0;  // lane w: word w; all words
 #pragma unroll
       for (int w = 0; w < Tiles::kWords; ++w) {
         const int block = base + w * kWarp + lane, k0 = block * Tiles::kBlock;
@@ -132,20 +135,18 @@ __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tile
           is_needed = key_span.needed(mask, span);
           is_full = k0 + Tiles::kBlock <= sizes.keys && key_span.full(mask, span);
         }
-        needed[w] = __ballot_sync(~0u, is_needed);
-        full[w] = __ballot_sync(~0u, is_full);
-        any |= needed[w];
+        const uint32_t all_needed = __ballot_sync(~0u, is_needed), all_full = __ballot_sync(~0u, is_full);
+        if (lane == w) needed = all_needed, full = all_full;
+        any |= all_needed;
       }
       const bool last = base + Tiles::kWords * kWarp >= blocks;
       if (!any && !last) continue;
       barrier_wait(smem_address(&smem.round_empty[round.slot]), round.parity);
-      if (lane == 0) {
-        auto& to = smem.rounds[round.slot];
-#pragma unroll
-        for (int w = 0; w < Tiles::kWords; ++w) to.needed[w] = needed[w], to.full[w] = full[w];
-        to.item = item, to.first_block = base, to.last = last;
-        barrier_arrive(smem_address(&smem.round_full[round.slot]));
-      }
+      auto& to = smem.rounds[round.slot];
+      if (lane < Tiles::kWords) to.needed[lane] = needed, to.full[lane] = full;
+      if (lane == 0) to.item = item, to.first_block = base, to.last = last;
+      __syncwarp();
+      if (lane == 0) barrier_arrive(smem_address(&smem.round_full[round.slot]));
       round.advance();
     }
     if (end) return;
@@ -164,8 +165,7 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   const Sizes& sizes = args.call.sizes;
   const int lane = threadIdx.x % kWarp;
   const auto at = [](auto& x) { return smem_address(&x); };
-  Cursor<Tiles::kStages> stage(kProducer);
-  Cursor<Tiles::kValueStages> value_stage(kProducer);
+  Cursor<Tiles::kStages> stage(kProducer), value_stage(kProducer);
   Cursor<Tiles::kQBuffers> buffer(kProducer);
   Cursor<Tiles::kRounds> round(kConsumer);
 
@@ -321,28 +321,37 @@ struct Softmax {
 };
 
 // Scores of pairs that the mask hides become -inf, in block kIndex of a tile, whose first key is `first_key`.
-template <typename Tiles, int kIndex>
+template <typename Tiles, bool kPlain, int kIndex>
 __device__ __forceinline__ void mask_block(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int* row_end,
                                            const int (&tokens)[2], int first_key, int n_keys) {
   constexpr int kColTiles = Tiles::kBlock / 8;
   const int column = threadIdx.x % 4 * 2;
+  const auto hide = [&](auto&& hidden) {  // hidden(its scores, column, key, one past the last row that sees it)
 #pragma unroll
-  for (int i = 0; i < kColTiles; ++i) {
-    float(&own)[4] = s[kIndex * kColTiles + i];
-    const int2 ends = *reinterpret_cast<const int2*>(row_end + kIndex * Tiles::kBlock + i * 8 + column);
+    for (int i = 0; i < kColTiles; ++i) {
+      const int2 ends = *reinterpret_cast<const int2*>(row_end + kIndex * Tiles::kBlock + i * 8 + column);
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int key = first_key + i * 8 + column + c, end = c ? ends.y : ends.x;
+      for (int c = 0; c < 2; ++c) hidden(s[kIndex * kColTiles + i], c, first_key + i * 8 + column + c, c ? ends.y : ends.x);
+    }
+  };
+  if constexpr (kPlain) {
+    hide([&](float(&own)[4], int c, int key, int end) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (tokens[h] < key || tokens[h] >= end) own[2 * h + c] = negative_infinity();
+    });
+  } else {
+    hide([&](float(&own)[4], int c, int key, int end) {
       const int begin = mask.row_begin == nullptr ? key : __ldg(mask.row_begin + min(key, n_keys - 1));
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (tokens[h] < begin || tokens[h] >= end) own[2 * h + c] = negative_infinity();
-      if (mask.window == 0) continue;
+      if (mask.window == 0) return;
       const int oldest = __ldg(mask.k_depth + min(key, n_keys - 1)) + mask.window;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (__ldg(mask.q_depth + tokens[h]) >= oldest) own[2 * h + c] = negative_infinity();
-    }
+    });
   }
 }
 
@@ -350,10 +359,15 @@ template <typename Tiles, int... kIndex>
 __device__ __forceinline__ void mask_tile(float (&s)[Tiles::kKeys / 8][4], const Mask& mask, const int* row_end,
                                           const int (&tokens)[2], const typename Tiles::Tile& tile, int flags,
                                           int n_keys, std::integer_sequence<int, kIndex...>) {
-  ((flags & kPartial << kIndex
-        ? mask_block<Tiles, kIndex>(s, mask, row_end, tokens, tile.first_key[kIndex], n_keys)
-        : void()),
-   ...);
+  const auto hide = [&](auto plain) {
+    ((flags & kPartial << kIndex
+          ? mask_block<Tiles, decltype(plain)::value, kIndex>(s, mask, row_end, tokens, tile.first_key[kIndex], n_keys)
+          : void()),
+     ...);
+  };
+  // The most frequent case has code of its own, a fourth of the instructions.
+  if (mask.row_begin == nullptr && mask.window == 0) hide(std::true_type{});
+  else hide(std::false_type{});
 }
 
 template <typename Tiles>
@@ -367,15 +381,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   // From a shuffle, so that the compiler knows it to be the same for the whole warp.
   const int consumer = __shfl_sync(~0u, threadIdx.x / Tiles::kGroupThreads - 1, 0), lane = threadIdx.x % kWarp;
   const int warp_row = (threadIdx.x / kWarp - 4) * 16;  // first of this warp's 16 rows in the row tile
-  const float slack = 8.f / args.scaling.log2_scale;
-
   // The turns: barrier 1 + c is consumer c's; it is opened by the other consumer, once before the start.
   const auto take_turn = [&] { named_sync(1 + consumer, 2 * Tiles::kGroupThreads); };
   const auto pass_turn = [&] { named_arrive(2 - consumer, 2 * Tiles::kGroupThreads); };
   if (consumer == 1) pass_turn();
 
-  Cursor<Tiles::kStages> stage(kConsumer);
-  Cursor<Tiles::kValueStages> value_stage(kConsumer);  // of the tile before
+  Cursor<Tiles::kStages> stage(kConsumer), value_stage(kConsumer);  // of keys, and of the values of the tile before
   Cursor<Tiles::kQBuffers> buffer(kConsumer);  // of the tile whose scores are computed next
   float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
   uint32_t p[kKeyTiles / 2][4];
@@ -430,7 +441,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       mask_tile<Tiles>(s, call.mask, smem.row_end[stage.slot], tokens, smem.tiles[stage.slot], flags, sizes.keys,
                        std::make_integer_sequence<int, Tiles::kBlocks>{});
     release(smem.k_empty[stage.slot]);
-    return softmax.update(s, args.scaling.log2_scale, slack, correction);
+    return softmax.update(s, args.scaling.log2_scale, args.slack, correction);
   };
   // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem.
   const auto finish_item = [&](int q_buffer) {
@@ -513,6 +524,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           barrier_wait(at(smem.v_full[value_stage.slot]), value_stage.parity);
           issue_values(value_stage.slot, accumulate);
           wgmma_wait<0>();
+          named_sync(3 + consumer, Tiles::kGroupThreads);  // in place of a turn, see finish_item
           finish_item(q_buffer);
           break;
         }
@@ -566,10 +578,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     }
     for (int i = 0; i < Tiles::kStages; ++i) {
       barrier_init(smem_address(&smem.k_full[i]), kWarp + 1);  // of every lane, its row ends; of one, all else
-      barrier_init(smem_address(&smem.k_empty[i]), kReleases);
-    }
-    for (int i = 0; i < Tiles::kValueStages; ++i) {
       barrier_init(smem_address(&smem.v_full[i]), 1);
+      barrier_init(smem_address(&smem.k_empty[i]), kReleases);
       barrier_init(smem_address(&smem.v_empty[i]), kReleases);
     }
     for (int i = 0; i < Tiles::kRounds; ++i) {
