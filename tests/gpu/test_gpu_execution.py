@@ -168,39 +168,57 @@ def test_opcheck_passes_on_cuda_tensors(path):
     )
     inputs = make_inputs(small)
     torch.library.opcheck(torch.ops.tree_attn.attention.default, _operator_arguments(inputs))
-    results = run(inputs, "cuda")
-    scratch = torch.empty(1, dtype=torch.int32, device="cuda")
-    forward = (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out.clone(), results.lse.clone(), scratch)
-    torch.library.opcheck(_kernels.load().forward, forward, test_utils="test_schema")
+    torch.library.opcheck(_kernels.load().forward, _forward_arguments(inputs), test_utils="test_schema")
+    torch.library.opcheck(_kernels.load().backward, _backward_arguments(inputs), test_utils="test_schema")
+
+
+def _forward_arguments(inputs):
+    return (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0)
+
+
+def _backward_arguments(inputs):
+    q, k, v, sinks, *mask_and_options = _forward_arguments(inputs)
+    out, lse = _kernels.load().forward(*_forward_arguments(inputs))
+    return (inputs.grad_out, inputs.grad_lse, q, k, v, sinks, out, lse, *mask_and_options, False)
 
 
 def test_operators_refuse_what_would_be_read_or_written_out_of_bounds():
     small = Case(0, torch.bfloat16, [-1, 0], [40, 9], 4, 2, 64, 64, Options(0.125), sinks=True)
     inputs = make_inputs(small)
-    results = run(inputs, "cuda")
-    forward = _kernels.load().forward
-    names = [argument.name for argument in forward._schema.arguments]
-    scratch = torch.empty(1, dtype=torch.int32, device="cuda")
-    values = (*inputs[:4], *inputs.ranges, 0.125, 0.0, 0, 0, 0, results.out, results.lse, scratch)
-    good = dict(zip(names, values, strict=True))
-    forward(**good)
-    for name, bad, message in (
-        ("q", good["q"].cpu(), "q is not on a GPU"),
-        ("k", good["k"].cpu(), "k is not on cuda:0"),
-        ("v", good["v"].half(), "v has the wrong dtype"),
-        ("out", good["out"][:-1], r"out has shape \(48, 4, 64\), expected \(49, 4, 64\)"),
-        ("q", torch.zeros(49 * 256 + 1, device="cuda").bfloat16()[1:].view(49, 4, 64), "q needs a contiguous last"),
-        ("row_end", good["row_end"][:-1], r"row_end has shape \(48\), expected 49 contiguous entries"),
-        ("row_end", good["row_end"].long(), "row_end has the wrong dtype"),
-        ("end_bounds", good["end_bounds"][:-1], "end_bounds has shape"),
-        ("lse", good["lse"].T.contiguous().T, "lse has shape"),
-        ("sinks", good["sinks"].double(), "sinks has the wrong dtype"),
-        ("scratch", scratch[:0], "scratch has shape"),
-        ("path", 3, "path is 3"),
-        ("window", -1, "window is -1, out of range"),
+    kernels = _kernels.load()
+
+    def named(operator, values):
+        names = [argument.name for argument in operator._schema.arguments]
+        return operator, dict(zip(names, values, strict=True))
+
+    forward = named(kernels.forward, _forward_arguments(inputs))
+    backward = named(kernels.backward, _backward_arguments(inputs))
+    for operator, good in (forward, backward):
+        operator(**good)
+    good = backward[1]
+    for (operator, arguments), name, bad, message in (
+        (forward, "q", good["q"].cpu(), "q is not on a GPU"),
+        (forward, "k", good["k"].cpu(), "k is not on cuda:0"),
+        (forward, "v", good["v"].half(), "v has the wrong dtype"),
+        (forward, "q", torch.zeros(49 * 256 + 1, device="cuda").bfloat16()[1:].view(49, 4, 64), "q needs a contiguous"),
+        (forward, "row_end", good["row_end"][:-1], r"row_end has shape \(48\), expected 49 contiguous entries"),
+        (forward, "row_end", good["row_end"].long(), "row_end has the wrong dtype"),
+        (forward, "end_bounds", good["end_bounds"][:-1], "end_bounds has shape"),
+        (forward, "q_depth", good["q_depth"][:-1], "q_depth has shape"),
+        (forward, "sinks", good["sinks"].double(), "sinks has the wrong dtype"),
+        (forward, "path", 3, "path is 3"),
+        (forward, "window", -1, "window is -1, out of range"),
+        (forward, "begin_bounds", good["end_bounds"], "row_begin and begin_bounds come together"),
+        (backward, "grad_out", good["grad_out"][:-1], r"grad_out has shape \(48, 4, 64\), expected \(49, 4, 64\)"),
+        (backward, "out", good["out"][:-1], r"out has shape \(48, 4, 64\), expected \(49, 4, 64\)"),
+        (backward, "lse", good["lse"].T.contiguous().T, "lse has shape"),
+        (backward, "grad_lse", good["lse"][:-1], "grad_lse has shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            forward(**{**good, name: bad})
+            operator(**{**arguments, name: bad})
+    operator, arguments = forward
+    with pytest.raises(RuntimeError, match="a window needs the depths"):
+        operator(**{**arguments, "window": 4, "q_depth": None})
 
 
 def test_compiles_into_one_graph(path):
