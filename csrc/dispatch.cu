@@ -43,12 +43,11 @@ bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config)
 #endif
 }
 
-// The Hopper backward as well? It has fewer classes, and adds up dQ in any order, so deterministic calls go to the portable
-// kernels.
-bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool deterministic, const Config& config) {
+// The Hopper backward as well? It has fewer classes.
+bool on_hopper_backward(const Sizes& s, float scale, float softcap, const Config& config) {
 #if TREE_ATTN_HOPPER
   const int group = s.heads / s.kv_heads;
-  return !deterministic && group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
+  return group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
          with_hopper_backward(s, [](auto, auto) { return true; }) && on_hopper(s, scale, softcap, config);
 #else
   return false;
@@ -108,7 +107,7 @@ cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stre
 cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream) {
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
 #if TREE_ATTN_HOPPER
-  if (on_hopper_backward(call.sizes, call.scale, call.softcap, call.deterministic, config) &&
+  if (on_hopper_backward(call.sizes, call.scale, call.softcap, config) &&
       !repeats_rows(call.q, call.k, call.v, call.grad_out)) {
     return with_hopper_backward(call.sizes, [&](auto dim, auto value_dim) {
       return call.dtype == DType::kFloat16 ? hopper::launch_backward<__half, dim(), value_dim()>(call, stream)
@@ -125,15 +124,16 @@ cudaError_t backward(const Backward& call, const Config& config, cudaStream_t st
 
 int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config& config) {
   if (!supported(sizes)) return 0;
-  const auto bytes = [&](int64_t rows, int dim, int value_dim) {
-    return portable::Workspace(nullptr, sizes, rows, deterministic, dim, value_dim, portable::kSmallestKeys).bytes;
-  };
-  const int64_t portable_bytes = with_class(
-      sizes, [&](auto dim, auto value_dim) { return bytes(portable::PackedRows(sizes).count, dim(), value_dim()); });
+  const int64_t portable_bytes = with_class(sizes, [&](auto dim, auto value_dim) {
+    return portable::Workspace(nullptr, sizes, portable::PackedRows(sizes).count, deterministic, dim(), value_dim(),
+                               portable::kSmallestKeys, 0).bytes;
+  });
 #if TREE_ATTN_HOPPER
-  if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
+  if (on_hopper_backward(sizes, 1.f, 0.f, config)) {
     return std::max(portable_bytes, with_hopper_backward(sizes, [&](auto dim, auto value_dim) {
-      return bytes(hopper::TiledRows(sizes, hopper::row_tile(dim())).count, dim(), value_dim());
+      const int row_tile = hopper::row_tile(dim());
+      return portable::Workspace(nullptr, sizes, hopper::TiledRows(sizes, row_tile).count, false, dim(), value_dim(),
+                                 portable::kSmallestKeys, row_tile).bytes;
     }));
   }
 #endif
@@ -142,7 +142,7 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
 
 const char* path_name(const Sizes& sizes, const Config& config) {
   if (!on_hopper(sizes, 1.f, 0.f, config)) return "portable";
-  return on_hopper_backward(sizes, 1.f, 0.f, false, config) ? "hopper" : "hopper forward and portable backward";
+  return on_hopper_backward(sizes, 1.f, 0.f, config) ? "hopper" : "hopper forward and portable backward";
 }
 
 }  // namespace tree_attn

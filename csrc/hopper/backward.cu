@@ -12,7 +12,7 @@ template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   static_assert(kDim == kValueDim);
   using Tiles = BackwardTiles<T, kDim>;
-  const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys);
+  const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys, Tiles::kRows);
   const Sizes& s = call.sizes;
   const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;
   const unsigned key_tiles = (s.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = s.kv_heads;
@@ -34,11 +34,14 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
                                 : allow_shared_memory<hopper::backward_kernel<Tiles, false>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
 
-  portable::launch_prepare<Tiles>(args, stream);
+  const auto before = portable::PrepareBlocks::of<Tiles>(args);
+  constexpr int kCountedByBlock = portable::kPrepareWarps * kCountedAtOnce;
+  const int counting = (args.work.padded_rows / Tiles::kRows + kCountedByBlock - 1) / kCountedByBlock;
+  hopper::prepare_kernel<Tiles><<<dim3(counting + before.count(), kv_heads), portable::kPrepareWarps * kWarp, 0, stream>>>(
+      args, before, counting);
   const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
   kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
-  const int row_tiles = args.work.padded_rows / Tiles::kRows;
-  hopper::finish_kernel<Tiles><<<dim3(row_tiles + key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args, row_tiles);
+  hopper::finish_keys_kernel<Tiles><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -4,12 +4,21 @@
 //              and V of each, then Q, dO and the statistics of one row tile after another through a ring of kStages
 //   consumer:  S' = K Q^T;  D' = V dO^T;  P' = exp(S' - lse);  dS' = P' (D' - delta)
 //              dV += P' dO;  dQ[row tile before] += dS K;  dK += dS' Q
+//   adder:     one a consumer: has the copy engine add its dQ to float32 sums in global memory, and counts
+//   finisher:  converts a half of a row tile's dQ once the last of its products has been added, wherever that was
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers.
 // For dQ the dS' of both consumers meet in shared memory, in kScores buffers in turn; each consumer computes 64 x 64 of
 // dQ, and the copy engine adds them up in float32 in global memory, in the order of the registers: reductions by the
 // threads would keep their load/store unit busy for a fourth of the time. K of the next item comes while one is computed,
 // V once its last D' is there.
+//
+// In calls whose sums have a fixed order (`deterministic`) an adder waits until the items before its own have been added
+// to the row tile, and the producer, before it sends the last row tile, until dK and dV of the tile's items before have
+// been added. Both wait for items alone
+// that were taken before, so the first of those that are not finished waits for nobody. Rows then come in ascending order
+// and tiles that begin in a band in descending order, so that items reach a row tile about in the order of the sums; and
+// blocks take items of the heads in turn, because those of one head follow each other through a band.
 //
 // dQ is computed one row tile late, across the ends of items. Then a consumer rarely waits for the other: they run
 // about half a row tile apart, and one multiplies while the other has its exponentials. Nobody waits in a circle,
@@ -28,7 +37,19 @@ namespace tree_attn::hopper {
 
 using portable::Workspace;
 
-using BackwardArguments = portable::BackwardArgumentsOf<TiledRows>;
+struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
+  bool ordered;  // sums are added up in a fixed order
+
+  BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile, int row_tile)
+      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile), ordered(call.deterministic) {}
+
+ private:
+  // `deterministic` means a separate kernel for dQ to the portable code.
+  static Backward unordered(Backward call) {
+    call.deterministic = false;
+    return call;
+  }
+};
 
 template <typename T_, int kDim_>
 struct BackwardTiles {
@@ -37,6 +58,9 @@ struct BackwardTiles {
   static constexpr int kStages = 2, kItems = 2, kScores = 2;  // buffers of row tiles, key tiles and dS'
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
+  static constexpr int kGroupReleases = kGroupThreads / kWarp, kStagingThreads = kGroupThreads + kWarp;
+  static constexpr int kFinishes = 4;  // halves of row tiles whose dQ waits to be converted
+  static constexpr int kAnnounced = kStages + 2;  // row tiles sent whose dQ an adder may not have taken
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
   static constexpr int kKSlab = kKeys * 128, kQSlab = kRows * 128, kSSlab = kKeys * 128;  // 64 columns of a tile
   // dQ is 128 x 64 or 64 x 128: a consumer takes half of the rows, or of the columns.
@@ -46,7 +70,7 @@ struct BackwardTiles {
 
   // Registers of a thread. The shares of three warpgroups are at most 3 * 168, what the launch gives them; with more
   // they would wait for ever.
-  static constexpr int kProducerRegisters = kDim == 64 ? 40 : 56, kConsumerRegisters = kDim == 64 ? 232 : 224;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
   // Registers of one thread that are added up in global memory.
   static constexpr int kDqRegisters = 32, kDkRegisters = kGroupKeys * kDim / kGroupThreads;
@@ -61,11 +85,16 @@ struct BackwardTiles {
     Stage stages[kStages];
     char ds[kScores][kSBytes];
     char staging[kReleases][kDqRegisters * kWarp * 4];  // of each warp: registers of dQ; rows of dV, then dK
+    static_assert(sizeof(staging) == kRows * kDim * 4);
     float log2_sums[kStages][kRows], deltas[kStages][kRows];
     uint64_t item_full[kItems], item_empty[kItems], v_full, v_empty, full[kStages], empty[kStages];
-    uint64_t ds_full[kScores], ds_empty[kScores];
-    int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items
-    int2 row_tile[kStages];  // first row + kPartial + kLast, or -1 for an item without any; number among all heads' tiles
+    uint64_t ds_full[kScores], ds_empty[kScores], staging_full[kConsumers];
+    uint64_t finish_full[kFinishes], finish_empty[kFinishes];
+    int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items, its place
+    int message[kStages];
+    int2 announced[kAnnounced];  // to the adders: number of the row tile among those of all heads, or -1: the end; place
+    int finish[kFinishes];  // 2 * number of the row tile + half, or -1: an adder has ended
+    int finishes;           // places taken in the ring
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -79,7 +108,46 @@ struct Ring {
   __device__ __forceinline__ int parity() const { return steps / kCount & 1; }
 };
 
-constexpr int kPartial = 2, kLast = 1;  // row tiles begin at multiples of 64
+// A message to the consumers, of a row tile or of an item without any: its first row, a multiple of 64, and below that
+// flags, the parity of the phase in which the item's values come, and how many row tiles were sent before, modulo 4. The
+// consumers have no registers to count for themselves.
+constexpr int kLast = 1, kPartial = 2, kNoRows = 4, kOddValues = 8, kSentUnit = 16, kFlags = 63;
+__device__ __forceinline__ unsigned sent_before(int message) { return (message & kFlags) / kSentUnit; }
+
+__device__ __forceinline__ Bounds depths_of_row_tile(const BackwardArguments& args, int row0) {
+  const int first = args.rows.first_token(row0), sequence = args.call.sizes.rows;
+  return bounds_of(args.call.mask.q_depth_bounds, min(first, sequence - 1),
+                   min(first + args.rows.tokens.divisor, sequence));
+}
+
+// Items of the list: first those that fill a band, then the others, both band by band. In fixed order the others are taken
+// from the last on; this maps the how-manieth that is taken to its place in the list, and back.
+__device__ __forceinline__ int place_in_order(const BackwardArguments& args, int taken) {
+  const int filling = args.work.band_items[args.work.bands - 1], items = args.work.counters[1];
+  return taken < filling ? taken : filling + items - 1 - taken;
+}
+
+// In fixed order: what has been added to dK and dV of a key tile, in warps, and what must have been before this item.
+template <typename Tiles>
+__device__ __forceinline__ int* key_parts_of(const BackwardArguments& args, int kv_head, int tile) {
+  const int tiles = (args.call.sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
+  return args.work.key_parts + int64_t{kv_head} * tiles + tile;
+}
+template <typename Tiles>
+__device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args, int kv_head, int place) {
+  constexpr int kBand = portable::kBandRows;
+  const int4 item = args.work.items[place];
+  if (!item.w) return;
+  const int2 rows = args.work.tile_rows[item.x];
+  const int band = item.y / kBand, first = rows.x / kBand, last = (rows.y - 1) / kBand;
+  const bool first_fills = rows.x % kBand == 0, last_fills = rows.y % kBand == 0;
+  const int filling = last - first + 1 - !first_fills - !last_fills;
+  const bool fills = (band > first || first_fills) && (band < last || last_fills);
+  // As they are taken: those that fill their band; then the others, the last first.
+  const int before = fills ? band - first - !first_fills : filling + (band == first && !last_fills);
+  const int* const parts = key_parts_of<Tiles>(args, kv_head, item.x);
+  while (load_acquire(parts) != Tiles::kReleases * before) {}
+}
 
 template <typename Tiles>
 __device__ __forceinline__ void produce(const BackwardArguments& args, const CUtensorMap* q_map,
@@ -98,15 +166,23 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   Ring<1> values;
   int k0 = 0;             // of the item
   bool values_due = false;
-  const auto send = [&](int message, int kv_head) {
+  unsigned row_tiles_sent = 0;
+  const auto send = [&](int row0, int flags, int kv_head, int place) {
     const int stage = stages.place();
     barrier_wait(at(smem.empty[stage]), stages.parity() ^ 1);
-    smem.row_tile[stage] = {message, static_cast<int>((int64_t{kv_head} * work.padded_rows + message) / kRows)};
+    const bool odd_values = values.steps - !values_due & 1;
+    smem.message[stage] = row0 + flags + (odd_values ? kOddValues : 0) + row_tiles_sent % 4 * kSentUnit;
+    // The place is free: what was announced there is of a row tile whose dQ the consumers have seen leave their staging
+    // before they computed with the last but one of those sent.
+    int2& announced = smem.announced[row_tiles_sent % Tiles::kAnnounced];
     const uint32_t full = at(smem.full[stage]);
-    if (message < 0) {
+    if (flags & kNoRows) {
+      announced = {-1, 0};
       barrier_arrive(full);
     } else {
-      const int row0 = message & ~(kPartial | kLast), token = args.rows.first_token(row0);
+      announced = {static_cast<int>((int64_t{kv_head} * work.padded_rows + row0) / kRows), place};
+      ++row_tiles_sent;
+      const int token = args.rows.first_token(row0);
       const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
       barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
 #pragma unroll
@@ -133,14 +209,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   };
 
   for (bool ends = false; !ends; ++slots.steps) {
-    const int taken = atomicAdd(work.counters, 1), kv_head = taken / items, slot = slots.place();
-    ends = kv_head >= sizes.kv_heads;
-    const int4 item = ends ? int4{0, 0, 0, 0} : work.items[taken - kv_head * items];
+    const int taken = atomicAdd(work.counters, 1), slot = slots.place();
+    ends = taken / items >= sizes.kv_heads;
+    const int kv_head = args.ordered ? taken % sizes.kv_heads : taken / items;
+    const int place = args.ordered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
+    const int4 item = ends ? int4{0, 0, 0, 0} : work.items[place];
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
     k0 = tile * kKeys, values_due = true;
     barrier_wait(at(smem.item_empty[slot]), slots.parity() ^ 1);
-    smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, 0};
+    smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, place};
     if (ends) {
       barrier_arrive(item_full);
     } else {
@@ -154,18 +232,20 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     const int full_from = args.rows.first_row(min(keys.begin.high, sizes.rows));
     const int full_to = k0 + kKeys <= sizes.keys ? args.rows.first_row(min(keys.end.low, sizes.rows)) : 0;
     // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
-    int row0 = item.y + (row_tiles > 0 ? tile % row_tiles * kRows : 0);
-    int held = -1;  // the message before goes out when it is known whether it is the last
+    int row0 = item.y + (row_tiles > 0 && !args.ordered ? tile % row_tiles * kRows : 0);
+    int held = -1, held_flags = 0;  // a row tile goes out when it is known whether it is the last
     for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
       bool full = row0 >= full_from && row0 + kRows <= full_to;
       if (left > 0 && call.mask.window) {
-        const int first = args.rows.first_token(row0), end = min(first + args.rows.tokens.divisor, sizes.rows);
-        const Bounds depth = bounds_of(call.mask.q_depth_bounds, first, end);
+        const Bounds depth = depths_of_row_tile(args, row0);
         if (depth.low - keys.depth.high >= call.mask.window) continue;
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
-      if (held >= 0 || left == 0) send(held >= 0 && left == 0 ? held + kLast : held, kv_head);
-      held = row0 + (full ? 0 : kPartial);
+      // The consumers add dK and dV as soon as they have the last row tile.
+      if (left == 0 && args.ordered) wait_for_key_parts<Tiles>(args, kv_head, recomputed(place));
+      if (held >= 0) send(held, held_flags + (left == 0 ? kLast : 0), kv_head, place);
+      else if (left == 0) send(0, kNoRows, kv_head, place);
+      held = row0, held_flags = full ? 0 : kPartial;
     }
   }
 }
@@ -195,12 +275,7 @@ __device__ __forceinline__ void store_keys(char* staging, const Tensor3& x, int 
   __syncwarp();
 }
 
-// Where a warp's registers of dQ, and of dK and dV, are added up.
-template <typename Tiles>
-__device__ __forceinline__ float* grad_q_of(const Workspace& work, int kv_head, int first_row, int warp) {
-  return work.grad_q + (static_cast<int64_t>(kv_head) * work.padded_rows + first_row) * Tiles::kDim +
-         warp * (Tiles::kDqRegisters * kWarp);
-}
+// Where a warp's registers of dK and dV are added up.
 template <typename Tiles>
 __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int kv_head, int tile, int warp) {
   const int64_t key = kv_head * Workspace::padded_keys(args.call.sizes) + int64_t{tile} * Tiles::kKeys;
@@ -227,28 +302,24 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
 
   Ring<Tiles::kStages> stages;
   Ring<Tiles::kItems> slots;
-  Ring<Tiles::kScores> scores;
-  Ring<1> values;
 
-  // The row tile before, whose dQ is to come: its number among those of all heads * kItems + where its keys are;
-  // negative for none. Its dS' are at the place before in the ring.
+  // Where the keys of the row tile before are, whose dQ is to come, negative for none. Its dS' are at the place before in
+  // the ring.
   int late = -1;
-  // The row tile whose dQ lies in this warp's staging, to be sent with the next fence: a fence of its own would wait for
-  // the stores. Negative for none.
-  int staged = -1;
-  const auto send_staged = [&] {
-    if (staged >= 0 && lane == 0)
-      bulk_add(grad_q_of<Tiles>(args.work, 0, 0, warp) + int64_t{staged} * (kRows * kDim), at(*staging),
-               sizeof(smem.staging[0]));
-    staged = -1;
+  // dQ in this warp's staging is handed to the adder with the next fence: a fence of its own would wait for the stores.
+  enum { kFree, kStaged, kHandedOver } staging_is = kFree;
+  const auto hand_over = [&] {
+    if (staging_is != kStaged) return;
+    release(smem.staging_full[consumer]);
+    staging_is = kHandedOver;
   };
+  // By a named barrier: with the loop around one more mbarrier ptxas finds no registers for products side by side.
   const auto wait_for_staging = [&] {
-    if (lane == 0) bulk_wait_read();
-    __syncwarp();
+    if (staging_is == kHandedOver) named_sync(1 + consumer, Tiles::kStagingThreads);
+    staging_is = kFree;
   };
   const auto late_slot = [&] { return late & (Tiles::kItems - 1); };
-  const auto late_product = [&](float (&dq)[8][4]) {
-    const Ring<Tiles::kScores> before{scores.steps - 1};
+  const auto late_product = [&](float (&dq)[8][4], Ring<Tiles::kScores> before) {
     barrier_wait(at(smem.ds_full[before.place()]), before.parity());
     const uint32_t ds = at(smem.ds[before.place()]) + (Tiles::kDqByRows ? consumer * Tiles::kSSlab : 0);
     const uint32_t k = at(smem.k[late_slot()]) + (Tiles::kDqByRows ? 0 : consumer * Tiles::kKSlab);
@@ -260,14 +331,14 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                                             step > 0);
     wgmma_commit();
   };
-  const auto late_add = [&](const float (&dq)[8][4]) {
-    release(smem.ds_empty[Ring<Tiles::kScores>{scores.steps - 1}.place()]);
+  const auto late_add = [&](const float (&dq)[8][4], Ring<Tiles::kScores> before) {
+    release(smem.ds_empty[before.place()]);
     if (late_slot() != slots.place()) release(smem.item_empty[late_slot()]);  // it was the last of its item
     wait_for_staging();
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
-    staged = late / Tiles::kItems;
+    staging_is = kStaged;
   };
 
   for (;;) {
@@ -285,10 +356,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     do {
       const int stage = stages.place();
       barrier_wait(at(smem.full[stage]), stages.parity());
-      const int2 row_tile = smem.row_tile[stage];
-      message = row_tile.x;
-      if (message >= 0) {
-        const int row0 = message & ~(kPartial | kLast);
+      message = smem.message[stage];
+      // The places of this row tile's dS' and of the one before.
+      const Ring<Tiles::kScores> scores{sent_before(message)}, before{scores.steps - 1};
+      if (!(message & kNoRows)) {
+        const int row0 = message & ~kFlags;
         const uint32_t q = at(smem.stages[stage].q), grad_out = at(smem.stages[stage].grad_out);
         // S' and D' run along the columns of all four, dV and dK along the rows of Q and dO.
         const uint64_t k_along = descriptor_k_major(at(smem.k[slot]) + own_rows);
@@ -304,7 +376,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
           Wgmma<T, kRows>::ss(s, descriptor_at(k_along, step / 4 * Tiles::kKSlab + step % 4 * 32),
                               descriptor_at(q_along, step / 4 * Tiles::kQSlab + step % 4 * 32), step > 0);
         wgmma_commit();
-        barrier_wait(at(smem.v_full), values.parity());
+        barrier_wait(at(smem.v_full), message & kOddValues ? 1 : 0);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kDim / 16; ++step)
@@ -332,7 +404,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
           for (int e = 0; e < 4; ++e)
             x[e] = exp2_approx(x[e] * args.scaling.log2_scale - (e % 2 ? sums.y : sums.x));
         };
-        if constexpr (kReadsEarly) read(smem.log2_sums[stage]);
+        const bool partial = message & kPartial;
+        if (kReadsEarly && !partial) read(smem.log2_sums[stage]);
         wgmma_wait<1>();
         if constexpr (kCapped) {
 #pragma unroll
@@ -340,7 +413,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
         }
-        if (message & kPartial) {
+        if (partial) {
           const int row = row0 + (lane % 4) * 2;  // of this thread's first score
           int first[2], end[2], key_depth[2];     // the rows that see this thread's keys, counted from that
 #pragma unroll
@@ -371,6 +444,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                   if (depth - key_depth[h] >= mask.window) s[n][2 * h + e] = negative_infinity();
               }
           }
+          if constexpr (kReadsEarly) read(smem.log2_sums[stage]);
         }
         if constexpr (!kCapped) {
 #pragma unroll
@@ -399,7 +473,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[n][e] *= s[n][e];
         }
-        if (message & kPartial) {  // what a hidden pair has for D' need not be finite
+        if (partial) {  // what a hidden pair has for D' need not be finite
 #pragma unroll
           for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
@@ -422,50 +496,238 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                           w[i][3]);
         proxy_fence();
         release(smem.ds_full[scores.place()]);
-        send_staged();
+        hand_over();
 
         float dq[8][4];
-        late_product(dq);  // of whatever is there when none is to come
+        late_product(dq, before);  // of whatever is there when none is to come
 #pragma unroll
         for (int step = 0; step < kRows / 16; ++step)
           Wgmma<T, kDim>::template rs<true>(dk, w[step], descriptor_at(q_down, step * 16 * 128), true);
         wgmma_commit();
         wgmma_wait<1>();
-        if (late >= 0) late_add(dq);
-        late = row_tile.y * Tiles::kItems + slot;
-        ++scores.steps;
+        if (late >= 0) late_add(dq, before);
+        late = slot;
         wgmma_wait<0>();
       } else if (late >= 0) {  // its keys make room for the next item, and nothing may come after this one
         float dq[8][4];
-        late_product(dq);
+        late_product(dq, before);
         wgmma_wait<0>();
-        late_add(dq);
+        late_add(dq, before);
         late = -1;
       }
       release(smem.empty[stage]);
       ++stages.steps;
-    } while (message >= 0 && !(message & kLast));
-    if (staged >= 0) {
+    } while (!(message & (kNoRows | kLast)));
+    if (staging_is == kStaged) {
       proxy_fence();
-      __syncwarp();
-      send_staged();
+      hand_over();
     }
-    if (item.x < 0) break;
+    if (item.x < 0) {
+      wait_for_staging();
+      release(smem.staging_full[consumer]);  // with the end announced
+      break;
+    }
 
     if (item.z) {
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
+      if (args.ordered) {  // the next one's turn, once all warps are here
+        __threadfence();
+        __syncwarp();
+        if (lane == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
+      }
     } else {
       wait_for_staging();
       store_keys<Tiles>(staging, call.grad_v, item.x, sizes.keys, item.y, sizes.value_dim, warp, 1.f, dv);
       store_keys<Tiles>(staging, call.grad_k, item.x, sizes.keys, item.y, sizes.head_dim, warp, args.scaling.scale, dk);
     }
     if (late < 0) release(smem.item_empty[slot]);  // no dQ that needs its keys
-    else ++values.steps;
     ++slots.steps;
   }
-  if (lane == 0) bulk_wait();
+}
+
+// -- the sums of dQ -----------------------------------------------------------------------------------------------------------
+
+// How many of the items before the one at `place` add to each row tile of its band: lane l has those of row tiles l and l +
+// 32 of the band.
+template <typename Tiles>
+struct RowTurns {
+  static constexpr int kRows = Tiles::kRows, kTiles = portable::kBandRows / kRows, kPerLane = kTiles / kWarp;
+  int place = -1, ranks[kPerLane];
+
+  // Adds those of the items [from, to) of the list.
+  __device__ __forceinline__ void count(const BackwardArguments& args, int from, int to, const int (&row0)[kPerLane],
+                                        const int (&oldest)[kPerLane]) {
+    const int lane = threadIdx.x % kWarp;
+    for (int first = from; first < to; first += kWarp) {
+      int4 item = {0, 0, 0, 0};
+      int depth = 0;  // of the deepest key
+      if (first + lane < to) {
+        item = args.work.items[first + lane];
+        if (args.call.mask.window)
+          depth = KeySpan::load<Tiles::kKeys>(args.call.mask, item.x * Tiles::kKeys, args.call.sizes.keys).depth.high;
+      }
+      for (int i = 0; i < min(kWarp, to - first); ++i) {
+        const int begin = __shfl_sync(~0u, item.y, i), end = __shfl_sync(~0u, item.z, i);
+        const int deepest = __shfl_sync(~0u, depth, i);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j)
+          ranks[j] += row0[j] >= begin && row0[j] < end && deepest > oldest[j];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void of_item(const BackwardArguments& args, int at) {
+    if (at == place) return;
+    place = at;
+    const Workspace& work = args.work;
+    const int lane = threadIdx.x % kWarp, band = work.items[at].y / portable::kBandRows, filling = work.bands - 1;
+    int row0[kPerLane], oldest[kPerLane];  // keys of this depth and above are too old
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      row0[j] = band * portable::kBandRows + (lane + j * kWarp) * kRows;
+      oldest[j] = args.call.mask.window ? depths_of_row_tile(args, row0[j]).low - args.call.mask.window : -1;
+      ranks[j] = 0;
+    }
+    const auto end_of = [&](int section) { return section < 0 ? 0 : work.band_items[section]; };
+    if (at < end_of(filling)) {
+      count(args, end_of(band - 1), at, row0, oldest);
+    } else {
+      count(args, end_of(band - 1), end_of(band), row0, oldest);
+      count(args, at + 1, end_of(filling + 1 + band), row0, oldest);
+    }
+  }
+  __device__ __forceinline__ int of_row_tile(int in_band) const {
+    int rank = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int own = __shfl_sync(~0u, ranks[j], in_band % kWarp);
+      if (in_band / kWarp == j) rank = own;
+    }
+    return rank;
+  }
+};
+
+// One warp a consumer.
+template <typename Tiles>
+__device__ __forceinline__ void add(const BackwardArguments& args, typename Tiles::Smem& smem, int consumer) {
+  constexpr int kHalf = Tiles::kRows * Tiles::kDim / 2;  // float32 sums
+  const Workspace& work = args.work;
+  const int lane = threadIdx.x % kWarp, row_tiles = work.padded_rows / Tiles::kRows;
+  const auto at = [](auto& x) { return smem_address(&x); };
+  const auto to_finisher = [&](int half) {
+    const int ticket = atomicAdd(&smem.finishes, 1), place = ticket % Tiles::kFinishes;
+    barrier_wait(at(smem.finish_empty[place]), (ticket / Tiles::kFinishes & 1) ^ 1);
+    smem.finish[place] = half;
+    barrier_arrive(at(smem.finish_full[place]));
+  };
+  // Of the row tile before: that its sums have arrived is not waited for at once.
+  int late = -1;
+  const auto count_late = [&] {
+    if (late >= 0 && add_acquire_release(&work.row_parts[late].x, 1) == -1) to_finisher(late);
+  };
+
+  RowTurns<Tiles> turns;
+  for (unsigned step = 0;; ++step) {
+    barrier_wait(at(smem.staging_full[consumer]), step & 1);
+    const int2 announced = smem.announced[step % Tiles::kAnnounced];
+    __syncwarp();
+    if (announced.x < 0) break;
+    const int half = announced.x * 2 + consumer;
+    int2* const parts = work.row_parts + half;
+    int turn = 0;
+    if (args.ordered) {
+      turns.of_item(args, announced.y);
+      turn = turns.of_row_tile(announced.x % row_tiles % RowTurns<Tiles>::kTiles) - parts->y;
+    }
+    if (lane == 0) {
+      if (args.ordered)
+        while (load_acquire(&parts->x) != turn) {}
+      bulk_add(work.grad_q + int64_t{half} * kHalf, at(smem.staging[consumer * Tiles::kGroupReleases]), kHalf * 4);
+      bulk_wait_read<0>();
+    }
+    __syncwarp();
+    named_arrive(1 + consumer, Tiles::kStagingThreads);  // the staging is free
+    if (lane == 0) {
+      if (args.ordered) {
+        bulk_wait<0>();
+        store_release(&parts->x, turn + 1);
+        if (turn == -1) to_finisher(half);
+      } else {
+        bulk_wait<1>();
+        count_late();
+        late = half;
+      }
+    }
+    __syncwarp();
+  }
+  if (lane == 0) {
+    bulk_wait<0>();
+    count_late();
+    to_finisher(-1);
+  }
+}
+
+// Four lanes have four words each; afterwards lane i has word i of each of the four.
+__device__ __forceinline__ void transpose(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool odd = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + step], step);
+      if (odd) x[i] = other;
+      else x[i + step] = other;
+    }
+  }
+}
+
+// One warp: dQ of half of a row tile, float32 sums -> gradients.
+template <typename Tiles>
+__device__ __forceinline__ void finish_half(const BackwardArguments& args, int half) {
+  using T = typename Tiles::T;
+  const Workspace& work = args.work;
+  const int lane = threadIdx.x % kWarp, which = half % 2, row_tiles = work.padded_rows / Tiles::kRows;
+  const int kv_head = half / 2 / row_tiles, first = (half / 2 - kv_head * row_tiles) * Tiles::kRows;
+  const float scale = args.scaling.scale;
+  const float4* from = reinterpret_cast<const float4*>(work.grad_q) + int64_t{half} * (Tiles::kRows * Tiles::kDim / 8);
+  T* const to = static_cast<T*>(args.call.grad_q.data);
+#pragma unroll 2
+  for (int i = 0; i < 2 * Tiles::kGroupReleases; ++i, from += 4 * kWarp) {  // 32 columns of a warp's 16 rows
+    uint32_t words[2][4];  // of the upper row and of the lower
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float4 sums = __ldcg(from + n * kWarp + lane);
+      words[0][n] = Element<T>::pack(sums.x * scale, sums.y * scale);
+      words[1][n] = Element<T>::pack(sums.z * scale, sums.w * scale);
+    }
+    const int col = (Tiles::kDqByRows ? 0 : which * 64) + (i % 2 * 4 + lane % 4) * 8;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t(&x)[4] = words[h];
+      transpose(x);  // now 8 columns of one row
+      const int row = first + (Tiles::kDqByRows ? which * 64 : 0) + i / 2 * 16 + h * 8 + lane / 4;
+      if (args.rows.valid(row) && col < args.call.sizes.head_dim)
+        *reinterpret_cast<int4*>(to + args.rows.offset(args.call.grad_q, row, kv_head) + col) =
+            {int(x[0]), int(x[1]), int(x[2]), int(x[3])};
+    }
+  }
+}
+
+template <typename Tiles>
+__device__ __forceinline__ void finish(const BackwardArguments& args, typename Tiles::Smem& smem) {
+  Ring<Tiles::kFinishes> finishes;
+  for (int ended = 0; ended < Tiles::kConsumers; ++finishes.steps) {
+    const int place = finishes.place();
+    barrier_wait(smem_address(&smem.finish_full[place]), finishes.parity());
+    const int half = smem.finish[place];
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) barrier_arrive(smem_address(&smem.finish_empty[place]));
+    if (half < 0) ++ended;
+    else finish_half<Tiles>(args, half);
+  }
 }
 
 template <typename Tiles, bool kCapped>
@@ -491,6 +753,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.ds_full[i]), Tiles::kReleases);
       barrier_init(smem_address(&smem.ds_empty[i]), Tiles::kReleases);
     }
+    for (int i = 0; i < Tiles::kConsumers; ++i)
+      barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases);
+    for (int i = 0; i < Tiles::kFinishes; ++i) {
+      barrier_init(smem_address(&smem.finish_full[i]), 1);
+      barrier_init(smem_address(&smem.finish_empty[i]), 1);
+    }
+    smem.finishes = 0;
     barrier_init_fence();
   }
   if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
@@ -503,39 +772,88 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {
     registers_decrease<Tiles::kProducerRegisters>();
+    const int warp = threadIdx.x / kWarp;
     if (threadIdx.x == 0) produce<Tiles>(args, &q_map, &o_map, &k_map, &v_map, smem);
+    else if (warp == 1 || warp == 2) add<Tiles>(args, smem, warp - 1);
+    else if (warp == 3) finish<Tiles>(args, smem);
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
     consume<Tiles, kCapped>(args, smem);
   }
 }
 
-// -- after: float32 sums to the type of the gradients -----------------------------------------------------------------------
+// -- before and after ---------------------------------------------------------------------------------------------------------
 
-constexpr int kFinishThreads = 256;  // as many as consumers: a thread reads what one of them has added
+// How many products each row tile's dQ will be the sum of, for the row tiles from `first` on, as many as a warp counts at
+// once; and zeros for the dQ of those that no key tile adds to.
+constexpr int kCountedAtOnce = 8;
 
-// dQ of the row tile that begins with packed row `first`.
 template <typename Tiles>
-__device__ __forceinline__ void finish_rows(const BackwardArguments& args, char* staging, int first, int kv_head) {
-  using T = typename Tiles::T;
-  const int warp = threadIdx.x / kWarp, consumer = warp / 4;
-  float dq[1][8][4];
-  portable::read_registers<Tiles::kDqRegisters>(&dq[0][0][0], grad_q_of<Tiles>(args.work, kv_head, first, warp));
+__device__ __forceinline__ void count_parts(const BackwardArguments& args, int first) {
+  const Sizes& sizes = args.call.sizes;
+  const Mask& mask = args.call.mask;
+  const Workspace& work = args.work;
+  const int lane = threadIdx.x % kWarp, row_tiles = work.padded_rows / Tiles::kRows;
+  const int key_tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
+  int oldest[kCountedAtOnce], parts = 0;  // lane l: of row tile l / 2
 #pragma unroll
-  for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
-  portable::store_accumulators<T, Tiles::kDim>(staging, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
-                                               Tiles::kDqByRows ? 0 : consumer * 8, dq);
-  __syncthreads();
-  portable::TileCopy<T, Tiles::kDim, Tiles::kRows, kFinishThreads>::store_rows(
-      staging, args.call.grad_q, args.rows, first, kv_head, args.call.sizes.head_dim);
+  for (int i = 0; i < kCountedAtOnce; ++i)
+    oldest[i] = mask.window ? depths_of_row_tile(args, (first + i) * Tiles::kRows).low - mask.window : -1;
+  for (int tile0 = 0; tile0 < key_tiles; tile0 += kWarp) {
+    int2 rows = {0, 0};
+    int depth = 0;
+    if (tile0 + lane < key_tiles) {
+      const KeySpan keys = KeySpan::load<Tiles::kKeys>(mask, (tile0 + lane) * Tiles::kKeys, sizes.keys);
+      rows = portable::rows_of_tile(args, keys, Tiles::kRows);
+      depth = keys.depth.high;
+    }
+#pragma unroll
+    for (int i = 0; i < kCountedAtOnce; ++i) {
+      const int row0 = (first + i) * Tiles::kRows;
+      const int count = __popc(__ballot_sync(~0u, row0 >= rows.x && row0 < rows.y && depth > oldest[i]));
+      if (lane / 2 == i) parts += count;
+    }
+  }
+  for (int kv_head = 0; kv_head < sizes.kv_heads; ++kv_head)
+    if (lane < 2 * kCountedAtOnce && first + lane / 2 < row_tiles)
+      work.row_parts[(int64_t{kv_head} * row_tiles + first) * 2 + lane] = {-parts, parts};
+#pragma unroll 1
+  for (int i = 0; i < kCountedAtOnce; ++i) {
+    if (__shfl_sync(~0u, parts, 2 * i) > 0) continue;
+    constexpr int kChunks = Tiles::kDim / 8;
+    for (int kv_head = 0; kv_head < sizes.kv_heads; ++kv_head)
+      for (int at = lane; at < Tiles::kRows * kChunks; at += kWarp) {
+        const int row = (first + i) * Tiles::kRows + at / kChunks, col = at % kChunks * 8;
+        if (args.rows.valid(row) && col < sizes.head_dim)
+          *reinterpret_cast<int4*>(static_cast<typename Tiles::T*>(args.call.grad_q.data) +
+                                   args.rows.offset(args.call.grad_q, row, kv_head) + col) = {0, 0, 0, 0};
+      }
+  }
 }
 
-// dK and dV of a key tile in several bands.
+// All that comes before the products, in one launch: `counting` blocks of the first head, then those of the portable code.
 template <typename Tiles>
-__device__ __forceinline__ void finish_keys(const BackwardArguments& args, char* staging, int tile, int kv_head) {
+__global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
+    prepare_kernel(const __grid_constant__ BackwardArguments args, portable::PrepareBlocks blocks, int counting) {
+  const int block = blockIdx.x - counting, kv_head = blockIdx.y;
+  if (block >= 0) {
+    portable::prepare<Tiles>(args, blocks, block, kv_head);
+    const int tile = block - 1 - blocks.rows;
+    if (tile >= 0 && threadIdx.x == 0) *key_parts_of<Tiles>(args, kv_head, tile) = 0;
+  } else if (kv_head == 0) {
+    count_parts<Tiles>(args, (blockIdx.x * portable::kPrepareWarps + threadIdx.x / kWarp) * kCountedAtOnce);
+  }
+}
+
+// And after them: dK and dV of key tiles in several bands, float32 sums to gradients. A block a key tile.
+constexpr int kFinishThreads = 256;  // as many as consumers: a thread reads what one of them has added
+
+template <typename Tiles>
+__global__ void __launch_bounds__(kFinishThreads) finish_keys_kernel(const __grid_constant__ BackwardArguments args) {
+  __shared__ __align__(1024) char staging[Tiles::kKBytes];
+  const int tile = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
   if (!portable::in_several_bands(args.work.tile_rows[tile])) return;
   const Sizes& sizes = args.call.sizes;
-  const int warp = threadIdx.x / kWarp;
   const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);
   const auto finish = [&](const Tensor3& x, int part, int cols, float scale) {
     float c[Tiles::kDim / 8][4];
@@ -544,17 +862,6 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& args, char*
   };
   finish(args.call.grad_k, 0, sizes.head_dim, args.scaling.scale);
   finish(args.call.grad_v, 1, sizes.value_dim, 1.f);
-}
-
-// All that comes after the products, in one launch: `row_tiles` blocks a head, then one a key tile.
-template <typename Tiles>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ BackwardArguments args,
-                                                                int row_tiles) {
-  __shared__ __align__(1024) char staging[Tiles::kKBytes];
-  static_assert(Tiles::kKBytes >= Tiles::kQBytes);
-  const int block = blockIdx.x, kv_head = blockIdx.y;
-  if (block < row_tiles) finish_rows<Tiles>(args, staging, block * Tiles::kRows, kv_head);
-  else finish_keys<Tiles>(args, staging, block - row_tiles, kv_head);
 }
 
 }  // namespace tree_attn::hopper

@@ -13,7 +13,6 @@ namespace tree_attn::hopper {
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
 
-// Not for deterministic calls: dQ is added up in the order in which blocks come to it.
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream);
 

@@ -61,6 +61,8 @@ struct Workspace {
   int* band_items;  // (2 bands + 1) items before those of each band: first the bands that tiles fill, then the others
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
   int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
+  int2* row_parts;  // (kv_heads, row tiles, 2) of the halves of dQ: products added so far, and of how many; Hopper
+  int* key_parts;   // (kv_heads, key tiles) warps that have added their dK and dV so far; Hopper
   int padded_rows;
   int bands;
   int max_items;
@@ -70,8 +72,9 @@ struct Workspace {
     return (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   }
 
-  // `rows`: packed rows of one key/value head.
-  Workspace(void* base, const Sizes& s, int64_t rows, bool deterministic, int dim, int value_dim, int keys_per_tile) {
+  // `rows`: packed rows of one key/value head; `row_tile`: of which so many have parts that are counted, 0 for none.
+  Workspace(void* base, const Sizes& s, int64_t rows, bool deterministic, int dim, int value_dim, int keys_per_tile,
+            int row_tile) {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
     bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
@@ -87,8 +90,10 @@ struct Workspace {
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
     take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys(s) * (dim + value_dim));
     take(band_items, 2 * bands + 1);
+    take(row_parts, row_tile ? int64_t{2} * s.kv_heads * padded_rows / row_tile : 0);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
     take(items, max_items);
+    take(key_parts, row_tile ? s.kv_heads * tiles : 0);
   }
 };
 
@@ -100,11 +105,11 @@ struct BackwardArgumentsOf {
   Scaling scaling;
   Workspace work;
 
-  BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile)
+  BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile, int row_tile = 0)
       : call(call),
         rows(rows),
         scaling(call.scale, call.softcap),
-        work(call.workspace, call.sizes, rows.count, call.deterministic, dim, value_dim, keys_per_tile) {}
+        work(call.workspace, call.sizes, rows.count, call.deterministic, dim, value_dim, keys_per_tile, row_tile) {}
 };
 using BackwardArguments = BackwardArgumentsOf<PackedRows>;
 
@@ -326,27 +331,35 @@ __device__ __forceinline__ void clear_tile(const BackwardArgumentsOf<Rows>& args
 template <typename Tiles>
 constexpr int kPreparedByBlock = kPrepareWarps * PreparedRows<Tiles::kValueDim>::kRows;
 
+struct PrepareBlocks {
+  int rows, key_tiles;
+
+  template <typename Tiles, typename Rows>
+  static PrepareBlocks of(const BackwardArgumentsOf<Rows>& args) {
+    return {(args.work.padded_rows + kPreparedByBlock<Tiles> - 1) / kPreparedByBlock<Tiles>,
+            args.call.deterministic ? 0 : (args.call.sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys};
+  }
+  __host__ __device__ int count() const { return 1 + rows + key_tiles; }
+};
+
 template <typename Tiles, typename Rows>
-__global__ void __launch_bounds__(kPrepareWarps * kWarp, 4)
-    prepare_kernel(const __grid_constant__ BackwardArgumentsOf<Rows> args, int row_blocks) {
-  const int block = blockIdx.x - 1, kv_head = blockIdx.y;
-  if (block < 0) {
+__device__ __forceinline__ void prepare(const BackwardArgumentsOf<Rows>& args, PrepareBlocks blocks, int block,
+                                        int kv_head) {
+  if (block == 0) {
     if (kv_head == 0) plan_items<Tiles>(args);
-  } else if (block < row_blocks) {
-    const int first = block * kPreparedByBlock<Tiles> + threadIdx.x / kWarp * PreparedRows<Tiles::kValueDim>::kRows;
+  } else if (block <= blocks.rows) {
+    const int first =
+        (block - 1) * kPreparedByBlock<Tiles> + threadIdx.x / kWarp * PreparedRows<Tiles::kValueDim>::kRows;
     if (first < args.work.padded_rows) prepare_rows<Tiles>(args, first, kv_head);
   } else {
-    clear_tile<Tiles>(args, block - row_blocks, kv_head);
+    clear_tile<Tiles>(args, block - 1 - blocks.rows, kv_head);
   }
 }
 
-template <typename Tiles, typename Rows>
-void launch_prepare(const BackwardArgumentsOf<Rows>& args, cudaStream_t stream) {
-  const Sizes& sizes = args.call.sizes;
-  const int row_blocks = (args.work.padded_rows + kPreparedByBlock<Tiles> - 1) / kPreparedByBlock<Tiles>;
-  const int key_tiles = args.call.deterministic ? 0 : (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
-  prepare_kernel<Tiles>
-      <<<dim3(1 + row_blocks + key_tiles, sizes.kv_heads), kPrepareWarps * kWarp, 0, stream>>>(args, row_blocks);
+template <typename Tiles>
+__global__ void __launch_bounds__(kPrepareWarps * kWarp, 4)
+    prepare_kernel(const __grid_constant__ BackwardArguments args, PrepareBlocks blocks) {
+  prepare<Tiles>(args, blocks, blockIdx.x, blockIdx.y);
 }
 
 // -- the products -----------------------------------------------------------------------------------------------------------
@@ -612,7 +625,9 @@ cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
   if (error == cudaSuccess) error = allow_shared_memory<finish_tiles_kernel<Tiles>>(kFinishSmem);
   if (error != cudaSuccess) return error;
 
-  launch_prepare<Tiles>(args, stream);
+  const PrepareBlocks blocks_before = PrepareBlocks::of<Tiles>(args);
+  prepare_kernel<Tiles>
+      <<<dim3(blocks_before.count(), kv_heads), kPrepareWarps * kWarp, 0, stream>>>(args, blocks_before);
   const unsigned grid = min(static_cast<unsigned>(processors * max(blocks, 1)), args.work.max_items * kv_heads);
   backward_kernel<Tiles><<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args);
   if (!call.deterministic) {
