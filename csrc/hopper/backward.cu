@@ -24,24 +24,26 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
       !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
     return cudaErrorInvalidValue;
 
-  const auto kernel =
-      args.scaling.capped ? hopper::backward_kernel<Tiles, true> : hopper::backward_kernel<Tiles, false>;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = args.scaling.capped ? allow_shared_memory<hopper::backward_kernel<Tiles, true>>(Tiles::kSmem)
-                                : allow_shared_memory<hopper::backward_kernel<Tiles, false>>(Tiles::kSmem);
+  if (error != cudaSuccess) return error;
+  const auto before = portable::PrepareBlocks::of<Tiles>(args);
+  hopper::prepare_kernel<Tiles>
+      <<<dim3(before.count(), kv_heads), portable::kPrepareWarps * kWarp, 0, stream>>>(args, before);
+  const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
+  const auto run = [&](auto capped, auto ordered) {
+    constexpr auto kKernel = hopper::backward_kernel<Tiles, decltype(capped)::value, decltype(ordered)::value>;
+    error = allow_shared_memory<kKernel>(Tiles::kSmem);
+    if (error == cudaSuccess)
+      kKernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
+  };
+  const auto choose = [&](auto capped) { call.deterministic ? run(capped, std::true_type{}) : run(capped, std::false_type{}); };
+  args.scaling.capped ? choose(std::true_type{}) : choose(std::false_type{});
   if (error != cudaSuccess) return error;
 
-  const auto before = portable::PrepareBlocks::of<Tiles>(args);
-  constexpr int kCountedByBlock = portable::kPrepareWarps * kCountedAtOnce;
-  const int counting = (args.work.padded_rows / Tiles::kRows + kCountedByBlock - 1) / kCountedByBlock;
-  hopper::prepare_kernel<Tiles><<<dim3(counting + before.count(), kv_heads), portable::kPrepareWarps * kWarp, 0, stream>>>(
-      args, before, counting);
-  const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
-  kernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
-  hopper::finish_keys_kernel<Tiles><<<dim3(key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args);
+  const int row_tiles = args.work.padded_rows / Tiles::kRows;
+  hopper::finish_kernel<Tiles><<<dim3(row_tiles + key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args, row_tiles);
   return cudaGetLastError();
 }
 

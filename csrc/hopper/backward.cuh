@@ -4,8 +4,8 @@
 //              and V of each, then Q, dO and the statistics of one row tile after another through a ring of kStages
 //   consumer:  S' = K Q^T;  D' = V dO^T;  P' = exp(S' - lse);  dS' = P' (D' - delta)
 //              dV += P' dO;  dQ[row tile before] += dS K;  dK += dS' Q
-//   adder:     one a consumer: has the copy engine add its dQ to float32 sums in global memory, and counts
-//   finisher:  converts a half of a row tile's dQ once the last of its products has been added, wherever that was
+//   clearer:   writes the zeros that the float32 sums of dQ begin with, for all heads but the first, while that is computed
+//   adder:     one a consumer, in calls whose sums have a fixed order (`deterministic`): waits for the turn of its dQ
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers.
 // For dQ the dS' of both consumers meet in shared memory, in kScores buffers in turn; each consumer computes 64 x 64 of
@@ -13,20 +13,11 @@
 // threads would keep their load/store unit busy for a fourth of the time. K of the next item comes while one is computed,
 // V once its last D' is there.
 //
-// In calls whose sums have a fixed order (`deterministic`) an adder waits until the items before its own have been added
-// to the row tile, and the producer, before it sends the last row tile, until dK and dV of the tile's items before have
-// been added. Both wait for items alone
-// that were taken before, so the first of those that are not finished waits for nobody. Rows then come in ascending order
-// and tiles that begin in a band in descending order, so that items reach a row tile about in the order of the sums; and
-// blocks take items of the heads in turn, because those of one head follow each other through a band.
-//
-// dQ is computed one row tile late, across the ends of items. Then a consumer rarely waits for the other: they run
-// about half a row tile apart, and one multiplies while the other has its exponentials. Nobody waits in a circle,
-// because in the order "send row tile t; consumer 0 computes t; consumer 1 computes t; send t + 1; ..." every wait
-// comes after what it waits for: dQ of t - 1 needs dS of t - 1; dS of t a buffer whose dQ was finished with row tile
-// t - 1 or before; row tile t a stage that t - 2 has released; keys the place of those of the item before the last, which
-// are released with the first message of the last item, of which every item has at least one; values those of the
-// last item with row tiles, and they are sent behind the first row tile, which waits for none of these.
+// In fixed order an adder waits until the items before its own have been added to the row tile, and the producer, before it
+// sends the last row tile, until dK and dV of the tile's items before have been added. Both wait for items alone that were
+// taken before, so the first of those that are not finished waits for nobody. Rows then come in ascending order and tiles
+// that begin in a band in descending order, so that items reach a row tile about in the order of the sums; and blocks take
+// items of the heads in turn, because those of one head follow each other through a band.
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -38,13 +29,11 @@ namespace tree_attn::hopper {
 using portable::Workspace;
 
 struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
-  bool ordered;  // sums are added up in a fixed order
-
   BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile, int row_tile)
-      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile), ordered(call.deterministic) {}
+      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile) {}
 
  private:
-  // `deterministic` means a separate kernel for dQ to the portable code.
+  // To the portable code `deterministic` means a kernel of its own for dQ.
   static Backward unordered(Backward call) {
     call.deterministic = false;
     return call;
@@ -59,8 +48,8 @@ struct BackwardTiles {
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
   static constexpr int kGroupReleases = kGroupThreads / kWarp, kStagingThreads = kGroupThreads + kWarp;
-  static constexpr int kFinishes = 4;  // halves of row tiles whose dQ waits to be converted
-  static constexpr int kAnnounced = kStages + 2;  // row tiles sent whose dQ an adder may not have taken
+  static constexpr int kAnnounced = kStages + 2;  // row tiles sent whose dQ may not have left the staging
+  static_assert(kAnnounced == 4, "messages count row tiles modulo 4");
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
   static constexpr int kKSlab = kKeys * 128, kQSlab = kRows * 128, kSSlab = kKeys * 128;  // 64 columns of a tile
   // dQ is 128 x 64 or 64 x 128: a consumer takes half of the rows, or of the columns.
@@ -89,12 +78,9 @@ struct BackwardTiles {
     float log2_sums[kStages][kRows], deltas[kStages][kRows];
     uint64_t item_full[kItems], item_empty[kItems], v_full, v_empty, full[kStages], empty[kStages];
     uint64_t ds_full[kScores], ds_empty[kScores], staging_full[kConsumers];
-    uint64_t finish_full[kFinishes], finish_empty[kFinishes];
     int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items, its place
     int message[kStages];
-    int2 announced[kAnnounced];  // to the adders: number of the row tile among those of all heads, or -1: the end; place
-    int finish[kFinishes];  // 2 * number of the row tile + half, or -1: an adder has ended
-    int finishes;           // places taken in the ring
+    int2 announced[kAnnounced];  // number of a row tile among those of all heads, or -1: the end; place of its item
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -127,6 +113,38 @@ __device__ __forceinline__ int place_in_order(const BackwardArguments& args, int
   return taken < filling ? taken : filling + items - 1 - taken;
 }
 
+// -- the sums of dQ begin with zeros -------------------------------------------------------------------------------------------
+
+constexpr int kClearedRows = Workspace::kRowPadding;  // at once
+
+__device__ __forceinline__ void wait_for_clear_sums(const BackwardArguments& args, int kv_head) {
+  while (load_acquire(args.work.cleared + kv_head) < args.work.padded_rows / kClearedRows) {}
+  proxy_fence_global();
+}
+
+// A warp clears the sums of all heads but the first, in order, as far as no other block does.
+template <typename Tiles>
+__device__ __forceinline__ void clear_sums(const BackwardArguments& args) {
+  const Workspace& work = args.work;
+  const int lane = threadIdx.x % kWarp, parts = work.padded_rows / kClearedRows;
+  for (;;) {
+    int part = 0;
+    if (lane == 0) part = parts + atomicAdd(work.counters + 2, 1);
+    part = __shfl_sync(~0u, part, 0);
+    if (part >= parts * args.call.sizes.kv_heads) return;
+    constexpr int kVectors = kClearedRows * Tiles::kDim / 4;
+    float4* const sums = reinterpret_cast<float4*>(work.grad_q) + int64_t{part} * kVectors + lane;
+#pragma unroll 8
+    for (int i = 0; i < kVectors; i += kWarp) sums[i] = {0.f, 0.f, 0.f, 0.f};
+    proxy_fence_global();
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) add_release(work.cleared + part / parts, 1);
+  }
+}
+
+// -- the producer -----------------------------------------------------------------------------------------------------------
+
 // In fixed order: what has been added to dK and dV of a key tile, in warps, and what must have been before this item.
 template <typename Tiles>
 __device__ __forceinline__ int* key_parts_of(const BackwardArguments& args, int kv_head, int tile) {
@@ -149,7 +167,7 @@ __device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args
   while (load_acquire(parts) != Tiles::kReleases * before) {}
 }
 
-template <typename Tiles>
+template <typename Tiles, bool kOrdered>
 __device__ __forceinline__ void produce(const BackwardArguments& args, const CUtensorMap* q_map,
                                         const CUtensorMap* o_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                                         typename Tiles::Smem& smem) {
@@ -157,31 +175,31 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   const Backward& call = args.call;
   const Sizes& sizes = call.sizes;
   const Workspace& work = args.work;
-  const int group = args.rows.group.divisor, items = work.counters[1];
+  const int group = args.rows.group.divisor;
   const auto at = [](auto& x) { return smem_address(&x); };
   Ring<Tiles::kStages> stages;
   Ring<Tiles::kItems> slots;
 
   // A fresh barrier counts as one whose phase before is over, so all places are free at first.
-  Ring<1> values;
-  int k0 = 0;             // of the item
+  int k0 = 0;              // of the item
   bool values_due = false;
-  unsigned row_tiles_sent = 0;
-  const auto send = [&](int row0, int flags, int kv_head, int place) {
+  int marks = kOddValues;  // what the last message had: the phase of the values, and how many row tiles were sent before
+  const auto send = [&](int message, int kv_head) {  // its first row and flags
     const int stage = stages.place();
     barrier_wait(at(smem.empty[stage]), stages.parity() ^ 1);
-    const bool odd_values = values.steps - !values_due & 1;
-    smem.message[stage] = row0 + flags + (odd_values ? kOddValues : 0) + row_tiles_sent % 4 * kSentUnit;
+    if (values_due && !(message & kNoRows)) marks ^= kOddValues;
+    smem.message[stage] = message + marks;
     // The place is free: what was announced there is of a row tile whose dQ the consumers have seen leave their staging
     // before they computed with the last but one of those sent.
-    int2& announced = smem.announced[row_tiles_sent % Tiles::kAnnounced];
+    int2& announced = smem.announced[sent_before(marks)];
     const uint32_t full = at(smem.full[stage]);
-    if (flags & kNoRows) {
+    if (message & kNoRows) {
       announced = {-1, 0};
       barrier_arrive(full);
     } else {
-      announced = {static_cast<int>((int64_t{kv_head} * work.padded_rows + row0) / kRows), place};
-      ++row_tiles_sent;
+      const int row0 = message & ~kFlags;
+      announced = {(kv_head * (work.padded_rows / 64) + row0 / 64) / (kRows / 64), smem.item[slots.place()].w};
+      marks = (marks & kOddValues) + (marks + kSentUnit & kFlags & -kSentUnit);
       const int token = args.rows.first_token(row0);
       const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
       barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
@@ -196,12 +214,11 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
       bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
       if (values_due) {
         const uint32_t v_full = at(smem.v_full);
-        barrier_wait(at(smem.v_empty), values.parity() ^ 1);
+        barrier_wait(at(smem.v_empty), marks & kOddValues ? 0 : 1);
         barrier_arrive_expect(v_full, Tiles::kKBytes);
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab)
           tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, v_full, slab * 64, kv_head, k0);
-        ++values.steps;
         values_due = false;
       }
     }
@@ -209,10 +226,11 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   };
 
   for (bool ends = false; !ends; ++slots.steps) {
-    const int taken = atomicAdd(work.counters, 1), slot = slots.place();
+    const int taken = atomicAdd(work.counters, 1), items = work.counters[1], slot = slots.place();
     ends = taken / items >= sizes.kv_heads;
-    const int kv_head = args.ordered ? taken % sizes.kv_heads : taken / items;
-    const int place = args.ordered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
+    const int kv_head = kOrdered ? taken % sizes.kv_heads : taken / items;
+    const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
+    if (!ends) wait_for_clear_sums(args, kv_head);
     const int4 item = ends ? int4{0, 0, 0, 0} : work.items[place];
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
@@ -232,8 +250,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     const int full_from = args.rows.first_row(min(keys.begin.high, sizes.rows));
     const int full_to = k0 + kKeys <= sizes.keys ? args.rows.first_row(min(keys.end.low, sizes.rows)) : 0;
     // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
-    int row0 = item.y + (row_tiles > 0 && !args.ordered ? tile % row_tiles * kRows : 0);
-    int held = -1, held_flags = 0;  // a row tile goes out when it is known whether it is the last
+    int row0 = item.y + (row_tiles > 0 && !kOrdered ? tile % row_tiles * kRows : 0);
+    int held = -1;  // the message before goes out when it is known whether it is the last
     for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
       bool full = row0 >= full_from && row0 + kRows <= full_to;
       if (left > 0 && call.mask.window) {
@@ -242,10 +260,9 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
       // The consumers add dK and dV as soon as they have the last row tile.
-      if (left == 0 && args.ordered) wait_for_key_parts<Tiles>(args, kv_head, recomputed(place));
-      if (held >= 0) send(held, held_flags + (left == 0 ? kLast : 0), kv_head, place);
-      else if (left == 0) send(0, kNoRows, kv_head, place);
-      held = row0, held_flags = full ? 0 : kPartial;
+      if (kOrdered && left == 0 && !ends) wait_for_key_parts<Tiles>(args, kv_head, smem.item[slot].w);
+      if (held >= 0 || left == 0) send(held < 0 ? kNoRows : left == 0 ? held + kLast : held, kv_head);
+      held = row0 + (full ? 0 : kPartial);
     }
   }
 }
@@ -283,7 +300,7 @@ __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int 
          warp * (2 * Tiles::kDkRegisters * kWarp);
 }
 
-template <typename Tiles, bool kCapped>
+template <typename Tiles, bool kCapped, bool kOrdered>
 __device__ __forceinline__ void consume(const BackwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
   constexpr int kRows = Tiles::kRows, kRowTiles = kRows / 8, kDim = Tiles::kDim;
@@ -306,17 +323,29 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   // Where the keys of the row tile before are, whose dQ is to come, negative for none. Its dS' are at the place before in
   // the ring.
   int late = -1;
-  // dQ in this warp's staging is handed to the adder with the next fence: a fence of its own would wait for the stores.
-  enum { kFree, kStaged, kHandedOver } staging_is = kFree;
-  const auto hand_over = [&] {
+  // dQ in this warp's staging is sent, or handed to the adder, with the next fence: a fence of its own would wait for the
+  // stores.
+  enum { kFree, kStaged, kSent } staging_is = kFree;
+  const auto send_staged = [&](unsigned row_tile) {  // how-manieth of all
     if (staging_is != kStaged) return;
-    release(smem.staging_full[consumer]);
-    staging_is = kHandedOver;
+    if constexpr (kOrdered) {
+      release(smem.staging_full[consumer]);
+    } else if (recomputed(threadIdx.x) % kWarp == 0) {  // kept from elsewhere it would make other registers spill
+      const int number = smem.announced[row_tile % Tiles::kAnnounced].x;
+      bulk_add(args.work.grad_q + int64_t{number} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
+               sizeof(smem.staging[0]));
+    }
+    staging_is = kSent;
   };
-  // By a named barrier: with the loop around one more mbarrier ptxas finds no registers for products side by side.
   const auto wait_for_staging = [&] {
-    if (staging_is == kHandedOver) named_sync(1 + consumer, Tiles::kStagingThreads);
-    staging_is = kFree;
+    if constexpr (kOrdered) {
+      // A named barrier: with the loop around one more mbarrier ptxas finds no registers for products side by side.
+      if (staging_is == kSent) named_sync(1 + consumer, Tiles::kStagingThreads);
+      staging_is = kFree;
+    } else {
+      if (lane == 0) bulk_wait_read<0>();
+      __syncwarp();
+    }
   };
   const auto late_slot = [&] { return late & (Tiles::kItems - 1); };
   const auto late_product = [&](float (&dq)[8][4], Ring<Tiles::kScores> before) {
@@ -496,7 +525,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                           w[i][3]);
         proxy_fence();
         release(smem.ds_full[scores.place()]);
-        hand_over();
+        send_staged(scores.steps - 2);
 
         float dq[8][4];
         late_product(dq, before);  // of whatever is there when none is to come
@@ -520,19 +549,16 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     } while (!(message & (kNoRows | kLast)));
     if (staging_is == kStaged) {
       proxy_fence();
-      hand_over();
+      __syncwarp();
+      send_staged(sent_before(message) - 1);
     }
-    if (item.x < 0) {
-      wait_for_staging();
-      release(smem.staging_full[consumer]);  // with the end announced
-      break;
-    }
+    if (item.x < 0) break;
 
     if (item.z) {
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
-      if (args.ordered) {  // the next one's turn, once all warps are here
+      if constexpr (kOrdered) {  // the next one's turn, once all warps are here
         __threadfence();
         __syncwarp();
         if (lane == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
@@ -545,9 +571,12 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     if (late < 0) release(smem.item_empty[slot]);  // no dQ that needs its keys
     ++slots.steps;
   }
+  wait_for_staging();
+  if constexpr (kOrdered) release(smem.staging_full[consumer]);  // with the end announced
+  else if (lane == 0) bulk_wait<0>();
 }
 
-// -- the sums of dQ -----------------------------------------------------------------------------------------------------------
+// -- the sums of dQ in fixed order ------------------------------------------------------------------------------------------
 
 // How many of the items before the one at `place` add to each row tile of its band: lane l has those of row tiles l and l +
 // 32 of the band.
@@ -609,128 +638,38 @@ struct RowTurns {
   }
 };
 
-// One warp a consumer.
+// One warp a consumer: adds its halves of dQ, each in its turn.
 template <typename Tiles>
-__device__ __forceinline__ void add(const BackwardArguments& args, typename Tiles::Smem& smem, int consumer) {
+__device__ __forceinline__ void add_in_order(const BackwardArguments& args, typename Tiles::Smem& smem, int consumer) {
   constexpr int kHalf = Tiles::kRows * Tiles::kDim / 2;  // float32 sums
   const Workspace& work = args.work;
   const int lane = threadIdx.x % kWarp, row_tiles = work.padded_rows / Tiles::kRows;
-  const auto at = [](auto& x) { return smem_address(&x); };
-  const auto to_finisher = [&](int half) {
-    const int ticket = atomicAdd(&smem.finishes, 1), place = ticket % Tiles::kFinishes;
-    barrier_wait(at(smem.finish_empty[place]), (ticket / Tiles::kFinishes & 1) ^ 1);
-    smem.finish[place] = half;
-    barrier_arrive(at(smem.finish_full[place]));
-  };
-  // Of the row tile before: that its sums have arrived is not waited for at once.
-  int late = -1;
-  const auto count_late = [&] {
-    if (late >= 0 && add_acquire_release(&work.row_parts[late].x, 1) == -1) to_finisher(late);
-  };
-
   RowTurns<Tiles> turns;
   for (unsigned step = 0;; ++step) {
-    barrier_wait(at(smem.staging_full[consumer]), step & 1);
+    barrier_wait(smem_address(&smem.staging_full[consumer]), step & 1);
     const int2 announced = smem.announced[step % Tiles::kAnnounced];
     __syncwarp();
-    if (announced.x < 0) break;
+    if (announced.x < 0) return;
+    turns.of_item(args, announced.y);
+    const int turn = turns.of_row_tile(announced.x % row_tiles % RowTurns<Tiles>::kTiles);
     const int half = announced.x * 2 + consumer;
-    int2* const parts = work.row_parts + half;
-    int turn = 0;
-    if (args.ordered) {
-      turns.of_item(args, announced.y);
-      turn = turns.of_row_tile(announced.x % row_tiles % RowTurns<Tiles>::kTiles) - parts->y;
-    }
+    int* const added = work.row_parts + half;
     if (lane == 0) {
-      if (args.ordered)
-        while (load_acquire(&parts->x) != turn) {}
-      bulk_add(work.grad_q + int64_t{half} * kHalf, at(smem.staging[consumer * Tiles::kGroupReleases]), kHalf * 4);
+      while (load_acquire(added) != turn) {}
+      bulk_add(work.grad_q + int64_t{half} * kHalf, smem_address(smem.staging[consumer * Tiles::kGroupReleases]), kHalf * 4);
       bulk_wait_read<0>();
     }
     __syncwarp();
     named_arrive(1 + consumer, Tiles::kStagingThreads);  // the staging is free
     if (lane == 0) {
-      if (args.ordered) {
-        bulk_wait<0>();
-        store_release(&parts->x, turn + 1);
-        if (turn == -1) to_finisher(half);
-      } else {
-        bulk_wait<1>();
-        count_late();
-        late = half;
-      }
+      bulk_wait<0>();
+      store_release(added, turn + 1);
     }
     __syncwarp();
   }
-  if (lane == 0) {
-    bulk_wait<0>();
-    count_late();
-    to_finisher(-1);
-  }
 }
 
-// Four lanes have four words each; afterwards lane i has word i of each of the four.
-__device__ __forceinline__ void transpose(uint32_t (&x)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool odd = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + step], step);
-      if (odd) x[i] = other;
-      else x[i + step] = other;
-    }
-  }
-}
-
-// One warp: dQ of half of a row tile, float32 sums -> gradients.
-template <typename Tiles>
-__device__ __forceinline__ void finish_half(const BackwardArguments& args, int half) {
-  using T = typename Tiles::T;
-  const Workspace& work = args.work;
-  const int lane = threadIdx.x % kWarp, which = half % 2, row_tiles = work.padded_rows / Tiles::kRows;
-  const int kv_head = half / 2 / row_tiles, first = (half / 2 - kv_head * row_tiles) * Tiles::kRows;
-  const float scale = args.scaling.scale;
-  const float4* from = reinterpret_cast<const float4*>(work.grad_q) + int64_t{half} * (Tiles::kRows * Tiles::kDim / 8);
-  T* const to = static_cast<T*>(args.call.grad_q.data);
-#pragma unroll 2
-  for (int i = 0; i < 2 * Tiles::kGroupReleases; ++i, from += 4 * kWarp) {  // 32 columns of a warp's 16 rows
-    uint32_t words[2][4];  // of the upper row and of the lower
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const float4 sums = __ldcg(from + n * kWarp + lane);
-      words[0][n] = Element<T>::pack(sums.x * scale, sums.y * scale);
-      words[1][n] = Element<T>::pack(sums.z * scale, sums.w * scale);
-    }
-    const int col = (Tiles::kDqByRows ? 0 : which * 64) + (i % 2 * 4 + lane % 4) * 8;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t(&x)[4] = words[h];
-      transpose(x);  // now 8 columns of one row
-      const int row = first + (Tiles::kDqByRows ? which * 64 : 0) + i / 2 * 16 + h * 8 + lane / 4;
-      if (args.rows.valid(row) && col < args.call.sizes.head_dim)
-        *reinterpret_cast<int4*>(to + args.rows.offset(args.call.grad_q, row, kv_head) + col) =
-            {int(x[0]), int(x[1]), int(x[2]), int(x[3])};
-    }
-  }
-}
-
-template <typename Tiles>
-__device__ __forceinline__ void finish(const BackwardArguments& args, typename Tiles::Smem& smem) {
-  Ring<Tiles::kFinishes> finishes;
-  for (int ended = 0; ended < Tiles::kConsumers; ++finishes.steps) {
-    const int place = finishes.place();
-    barrier_wait(smem_address(&smem.finish_full[place]), finishes.parity());
-    const int half = smem.finish[place];
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(smem_address(&smem.finish_empty[place]));
-    if (half < 0) ++ended;
-    else finish_half<Tiles>(args, half);
-  }
-}
-
-template <typename Tiles, bool kCapped>
+template <typename Tiles, bool kCapped, bool kOrdered>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ CUtensorMap q_map,
                     const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
@@ -755,11 +694,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     }
     for (int i = 0; i < Tiles::kConsumers; ++i)
       barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases);
-    for (int i = 0; i < Tiles::kFinishes; ++i) {
-      barrier_init(smem_address(&smem.finish_full[i]), 1);
-      barrier_init(smem_address(&smem.finish_empty[i]), 1);
-    }
-    smem.finishes = 0;
     barrier_init_fence();
   }
   if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
@@ -773,87 +707,61 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   if (threadIdx.x < Tiles::kGroupThreads) {
     registers_decrease<Tiles::kProducerRegisters>();
     const int warp = threadIdx.x / kWarp;
-    if (threadIdx.x == 0) produce<Tiles>(args, &q_map, &o_map, &k_map, &v_map, smem);
-    else if (warp == 1 || warp == 2) add<Tiles>(args, smem, warp - 1);
-    else if (warp == 3) finish<Tiles>(args, smem);
+    if (threadIdx.x == 0) produce<Tiles, kOrdered>(args, &q_map, &o_map, &k_map, &v_map, smem);
+    else if (warp == 3) clear_sums<Tiles>(args);
+    else if (kOrdered && warp > 0) add_in_order<Tiles>(args, smem, warp - 1);
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
-    consume<Tiles, kCapped>(args, smem);
+    consume<Tiles, kCapped, kOrdered>(args, smem);
   }
 }
 
 // -- before and after ---------------------------------------------------------------------------------------------------------
 
-// How many products each row tile's dQ will be the sum of, for the row tiles from `first` on, as many as a warp counts at
-// once; and zeros for the dQ of those that no key tile adds to.
-constexpr int kCountedAtOnce = 8;
-
-template <typename Tiles>
-__device__ __forceinline__ void count_parts(const BackwardArguments& args, int first) {
-  const Sizes& sizes = args.call.sizes;
-  const Mask& mask = args.call.mask;
-  const Workspace& work = args.work;
-  const int lane = threadIdx.x % kWarp, row_tiles = work.padded_rows / Tiles::kRows;
-  const int key_tiles = (sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
-  int oldest[kCountedAtOnce], parts = 0;  // lane l: of row tile l / 2
-#pragma unroll
-  for (int i = 0; i < kCountedAtOnce; ++i)
-    oldest[i] = mask.window ? depths_of_row_tile(args, (first + i) * Tiles::kRows).low - mask.window : -1;
-  for (int tile0 = 0; tile0 < key_tiles; tile0 += kWarp) {
-    int2 rows = {0, 0};
-    int depth = 0;
-    if (tile0 + lane < key_tiles) {
-      const KeySpan keys = KeySpan::load<Tiles::kKeys>(mask, (tile0 + lane) * Tiles::kKeys, sizes.keys);
-      rows = portable::rows_of_tile(args, keys, Tiles::kRows);
-      depth = keys.depth.high;
-    }
-#pragma unroll
-    for (int i = 0; i < kCountedAtOnce; ++i) {
-      const int row0 = (first + i) * Tiles::kRows;
-      const int count = __popc(__ballot_sync(~0u, row0 >= rows.x && row0 < rows.y && depth > oldest[i]));
-      if (lane / 2 == i) parts += count;
-    }
-  }
-  for (int kv_head = 0; kv_head < sizes.kv_heads; ++kv_head)
-    if (lane < 2 * kCountedAtOnce && first + lane / 2 < row_tiles)
-      work.row_parts[(int64_t{kv_head} * row_tiles + first) * 2 + lane] = {-parts, parts};
-#pragma unroll 1
-  for (int i = 0; i < kCountedAtOnce; ++i) {
-    if (__shfl_sync(~0u, parts, 2 * i) > 0) continue;
-    constexpr int kChunks = Tiles::kDim / 8;
-    for (int kv_head = 0; kv_head < sizes.kv_heads; ++kv_head)
-      for (int at = lane; at < Tiles::kRows * kChunks; at += kWarp) {
-        const int row = (first + i) * Tiles::kRows + at / kChunks, col = at % kChunks * 8;
-        if (args.rows.valid(row) && col < sizes.head_dim)
-          *reinterpret_cast<int4*>(static_cast<typename Tiles::T*>(args.call.grad_q.data) +
-                                   args.rows.offset(args.call.grad_q, row, kv_head) + col) = {0, 0, 0, 0};
-      }
-  }
-}
-
-// All that comes before the products, in one launch: `counting` blocks of the first head, then those of the portable code.
+// All that comes before the products, in one launch.
 template <typename Tiles>
 __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
-    prepare_kernel(const __grid_constant__ BackwardArguments args, portable::PrepareBlocks blocks, int counting) {
-  const int block = blockIdx.x - counting, kv_head = blockIdx.y;
-  if (block >= 0) {
-    portable::prepare<Tiles>(args, blocks, block, kv_head);
-    const int tile = block - 1 - blocks.rows;
-    if (tile >= 0 && threadIdx.x == 0) *key_parts_of<Tiles>(args, kv_head, tile) = 0;
-  } else if (kv_head == 0) {
-    count_parts<Tiles>(args, (blockIdx.x * portable::kPrepareWarps + threadIdx.x / kWarp) * kCountedAtOnce);
+    prepare_kernel(const __grid_constant__ BackwardArguments args, portable::PrepareBlocks blocks) {
+  const int block = blockIdx.x, kv_head = blockIdx.y, row_tiles = args.work.padded_rows / Tiles::kRows;
+  const bool clears = kv_head == 0;  // the other heads' sums of dQ are cleared while this one is computed
+  portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
+  if (block == 0) {
+    if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;
+    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[2] = 0;
+    for (int i = threadIdx.x; i < 2 * row_tiles; i += blockDim.x)
+      args.work.row_parts[int64_t{2} * kv_head * row_tiles + i] = 0;
   }
+  const int tile = block - 1 - blocks.rows;
+  if (tile >= 0 && threadIdx.x == 0) *key_parts_of<Tiles>(args, kv_head, tile) = 0;
 }
 
-// And after them: dK and dV of key tiles in several bands, float32 sums to gradients. A block a key tile.
-constexpr int kFinishThreads = 256;  // as many as consumers: a thread reads what one of them has added
+// And after them: float32 sums to the type of the gradients. A thread reads what one of the consumers has added.
+constexpr int kFinishThreads = 256;
 
+// dQ of the row tile that begins with packed row `first`.
 template <typename Tiles>
-__global__ void __launch_bounds__(kFinishThreads) finish_keys_kernel(const __grid_constant__ BackwardArguments args) {
-  __shared__ __align__(1024) char staging[Tiles::kKBytes];
-  const int tile = blockIdx.x, kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
+__device__ __forceinline__ void finish_rows(const BackwardArguments& args, char* staging, int first, int kv_head) {
+  using T = typename Tiles::T;
+  const int warp = threadIdx.x / kWarp, consumer = warp / 4;
+  float dq[1][8][4];
+  const int64_t row = static_cast<int64_t>(kv_head) * args.work.padded_rows + first;
+  portable::read_registers<Tiles::kDqRegisters>(
+      &dq[0][0][0], args.work.grad_q + row * Tiles::kDim + warp * (Tiles::kDqRegisters * kWarp));
+#pragma unroll
+  for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
+  portable::store_accumulators<T, Tiles::kDim>(staging, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
+                                               Tiles::kDqByRows ? 0 : consumer * 8, dq);
+  __syncthreads();
+  portable::TileCopy<T, Tiles::kDim, Tiles::kRows, kFinishThreads>::store_rows(
+      staging, args.call.grad_q, args.rows, first, kv_head, args.call.sizes.head_dim);
+}
+
+// dK and dV of a key tile in several bands.
+template <typename Tiles>
+__device__ __forceinline__ void finish_keys(const BackwardArguments& args, char* staging, int tile, int kv_head) {
   if (!portable::in_several_bands(args.work.tile_rows[tile])) return;
   const Sizes& sizes = args.call.sizes;
+  const int warp = threadIdx.x / kWarp;
   const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);
   const auto finish = [&](const Tensor3& x, int part, int cols, float scale) {
     float c[Tiles::kDim / 8][4];
@@ -862,6 +770,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_keys_kernel(const __gri
   };
   finish(args.call.grad_k, 0, sizes.head_dim, args.scaling.scale);
   finish(args.call.grad_v, 1, sizes.value_dim, 1.f);
+}
+
+// All that comes after the products, in one launch: `row_tiles` blocks a head, then one a key tile.
+template <typename Tiles>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ BackwardArguments args,
+                                                                int row_tiles) {
+  __shared__ __align__(1024) char staging[Tiles::kKBytes];
+  static_assert(Tiles::kKBytes >= Tiles::kQBytes);
+  const int block = blockIdx.x, kv_head = blockIdx.y;
+  if (block < row_tiles) finish_rows<Tiles>(args, staging, block * Tiles::kRows, kv_head);
+  else finish_keys<Tiles>(args, staging, block - row_tiles, kv_head);
 }
 
 }  // namespace tree_attn::hopper

@@ -59,11 +59,6 @@ __device__ __forceinline__ void store_release(int* at, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ int add_acquire_release(int* at, int value) {  // what was there
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n" : "=r"(before) : "l"(at), "r"(value) : "memory");
-  return before;
-}
 __device__ __forceinline__ void add_release(int* at, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }
@@ -126,6 +121,9 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t a, uint3
 // What this thread has written to shared memory comes before what wgmma and TMA, past a barrier, do with it ("Memory
 // Consistency Model: Proxies", "membar/fence").
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// The same for global memory.
+__device__ __forceinline__ void proxy_fence_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
 // -- registers of a warpgroup ("setmaxnreg") ---------------------------------------------------------------------------------
 

@@ -57,11 +57,12 @@ struct Workspace {
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
-  int* counters;    // [0] items taken, [1] items
+  int* counters;    // [0] items taken, [1] items, [2] parts of grad_q that some block clears or has cleared; Hopper
   int* band_items;  // (2 bands + 1) items before those of each band: first the bands that tiles fill, then the others
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
   int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
-  int2* row_parts;  // (kv_heads, row tiles, 2) of the halves of dQ: products added so far, and of how many; Hopper
+  int* cleared;     // (kv_heads) parts of grad_q that are clear; Hopper
+  int* row_parts;   // (kv_heads, row tiles, 2) products that were added to a half of dQ so far; Hopper
   int* key_parts;   // (kv_heads, key tiles) warps that have added their dK and dV so far; Hopper
   int padded_rows;
   int bands;
@@ -84,12 +85,13 @@ struct Workspace {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
       bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 255) / 256 * 256;
     };
-    take(counters, 2);
+    take(counters, 3);
     take(log2_sum, s.kv_heads * int64_t{padded_rows});
     take(delta, s.kv_heads * int64_t{padded_rows});
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
     take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys(s) * (dim + value_dim));
     take(band_items, 2 * bands + 1);
+    take(cleared, row_tile ? s.kv_heads : 0);
     take(row_parts, row_tile ? int64_t{2} * s.kv_heads * padded_rows / row_tile : 0);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
     take(items, max_items);
@@ -177,9 +179,9 @@ struct PreparedRows {
 };
 
 // The statistics of the packed rows from `first` on: delta = sum(dO * O), and with a gradient of lse, sum over keys of
-// softmax * grad_lse folded in. And zeros for their dQ.
+// softmax * grad_lse folded in. And zeros for their dQ, if `clears`.
 template <typename Tiles, typename Rows>
-__device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& args, int first, int kv_head) {
+__device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& args, int first, int kv_head, bool clears) {
   using T = typename Tiles::T;
   using Part = PreparedRows<Tiles::kValueDim>;
   const Backward& call = args.call;
@@ -197,7 +199,7 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
       grad[i] = *reinterpret_cast<const int4*>(at(call.grad_out));
     }
   }
-  if (!call.deterministic) {
+  if (clears) {
     float4* const dq = reinterpret_cast<float4*>(args.work.grad_q + (packed + first) * Tiles::kDim);
 #pragma unroll
     for (int i = 0; i < Part::kRows * Tiles::kDim / 4 / kWarp; ++i) dq[i * kWarp + lane] = {0.f, 0.f, 0.f, 0.f};
@@ -344,13 +346,13 @@ struct PrepareBlocks {
 
 template <typename Tiles, typename Rows>
 __device__ __forceinline__ void prepare(const BackwardArgumentsOf<Rows>& args, PrepareBlocks blocks, int block,
-                                        int kv_head) {
+                                        int kv_head, bool clears) {
   if (block == 0) {
     if (kv_head == 0) plan_items<Tiles>(args);
   } else if (block <= blocks.rows) {
     const int first =
         (block - 1) * kPreparedByBlock<Tiles> + threadIdx.x / kWarp * PreparedRows<Tiles::kValueDim>::kRows;
-    if (first < args.work.padded_rows) prepare_rows<Tiles>(args, first, kv_head);
+    if (first < args.work.padded_rows) prepare_rows<Tiles>(args, first, kv_head, clears);
   } else {
     clear_tile<Tiles>(args, block - 1 - blocks.rows, kv_head);
   }
@@ -359,7 +361,7 @@ __device__ __forceinline__ void prepare(const BackwardArgumentsOf<Rows>& args, P
 template <typename Tiles>
 __global__ void __launch_bounds__(kPrepareWarps * kWarp, 4)
     prepare_kernel(const __grid_constant__ BackwardArguments args, PrepareBlocks blocks) {
-  prepare<Tiles>(args, blocks, blockIdx.x, blockIdx.y);
+  prepare<Tiles>(args, blocks, blockIdx.x, blockIdx.y, !args.call.deterministic);
 }
 
 // -- the products -----------------------------------------------------------------------------------------------------------
