@@ -9,21 +9,23 @@
 namespace tree_attn::hopper {
 
 struct ForwardShape {
-  int keys, q_buffers;
+  int keys, q_buffers, consumers;
 };
 // The most keys that leave two stages of K and V in shared memory and spill no registers, and a second buffer of Q where it
-// fits beside them. At head dim 64 more would fit: 192 keys are faster on long sequences and slower on short paths.
+// fits beside them. At head dim 64 exponentials take as long as products, which two consumers cannot overlap perfectly:
+// there are three, and the 160 registers that are left for each hold the scores, probabilities and sums of 128 keys.
 constexpr ForwardShape forward_shape(int dim, int value_dim) {
-  return dim <= 128         ? ForwardShape{160, 2}
-         : value_dim <= 128 ? ForwardShape{128, 1}
-         : dim <= 192       ? ForwardShape{96, 1}
-                            : ForwardShape{64, 1};
+  return dim <= 64          ? ForwardShape{128, 2, 3}
+         : dim <= 128       ? ForwardShape{160, 2, 2}
+         : value_dim <= 128 ? ForwardShape{128, 1, 2}
+         : dim <= 192       ? ForwardShape{96, 1, 2}
+                            : ForwardShape{64, 1, 2};
 }
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   constexpr ForwardShape kShape = forward_shape(kDim, kValueDim);
-  using Tiles = ForwardTiles<T, kDim, kValueDim, kShape.keys, kShape.q_buffers>;
+  using Tiles = ForwardTiles<T, kDim, kValueDim, kShape.keys, kShape.q_buffers, kShape.consumers>;
   const Sizes& s = call.sizes;
   const int group = s.heads / s.kv_heads, tile_tokens = std::min(Tiles::kRows / group, s.rows);
   const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens;

@@ -1,4 +1,4 @@
-// Forward on Hopper: wgmma fed by TMA. Two warps produce, two warpgroups of 64 packed rows consume.
+// Forward on Hopper: wgmma fed by TMA. Two warps produce, two or three warpgroups of 64 packed rows consume.
 //
 //   planner:   takes row tiles (items) from a counter, finds the blocks of 32 keys that each needs (ballots over their
 //              bounds) and hands them on, 256 blocks a round
@@ -6,9 +6,9 @@
 //              with K of a partial block, where the rows that see its keys end
 //   consumer:  S(next) = Q K^T and O += P V issued; while these run, softmax of S(next); then O is rescaled
 //
-// The two consumers take turns (named barriers): one does its softmax while the other's products run. A consumer goes from
-// tile to tile without regard to items: the scores of an item's first tile are computed while the values of the last tile
-// of the item before are added up. Q of the next item must be there by then:
+// The consumers take turns in a ring (named barriers): one does its softmax while the others' products run. A consumer goes
+// from tile to tile without regard to items: the scores of an item's first tile are computed while the values of the last
+// tile of the item before are added up. Q of the next item must be there by then:
 //
 //   two buffers:  Q comes while the item before is computed. O is staged in the place of the item's own Q, so that one is
 //                 free once the item is finished.
@@ -30,12 +30,12 @@
 
 namespace tree_attn::hopper {
 
-template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kQBuffers_>
+template <typename T_, int kDim_, int kValueDim_, int kKeys_, int kQBuffers_, int kConsumers_>
 struct ForwardTiles {
   using T = T_;
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
   static constexpr int kBlock = 32, kBlocks = kKeys / kBlock;
-  static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
+  static constexpr int kConsumers = kConsumers_, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupRows = 64, kRows = kGroupRows * kConsumers, kQBuffers = kQBuffers_;
   static constexpr bool kStagedInQ = kQBuffers > 1;  // O, on its way out
   static constexpr int kStages = 2;  // of keys, and of values
@@ -43,6 +43,10 @@ struct ForwardTiles {
   static constexpr int kQSlab = kRows * 128, kKSlab = kKeys * 128;
   static constexpr int kQBytes = kSlabs * kQSlab, kKBytes = kSlabs * kKSlab, kVBytes = kValueSlabs * kKSlab;
   static constexpr int kRounds = 4, kWords = 8;  // of the planner; a round is kWords times 32 blocks
+  // Registers a thread. The shares must not add up to more than the launch gave all warpgroups, or they wait for each other
+  // for ever: 40 + 2 * 232 = 3 * 168, 32 + 3 * 160 = 4 * 128.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
   static_assert(!kStagedInQ || kValueSlabs <= kSlabs, "O takes the place of Q");
   static_assert(kKeys % kBlock == 0 && kKSlab % 1024 == 0);
 
@@ -100,14 +104,15 @@ __device__ __forceinline__ RowTile row_tile_of(const ForwardArguments& args, int
   return {kv_head, (args.row_tiles - 1 - (item - kv_head * args.row_tiles)) * args.tile_tokens};
 }
 
-// A place in a ring of kCount slots, and the parity of the barrier phase that its user waits for.
+// A place in a ring of kCount slots, and the parity of the barrier phase that its user waits for; one register for both.
 template <int kCount>
 struct Cursor {
-  int slot = 0, parity;
-  __device__ __forceinline__ explicit Cursor(int parity) : parity(parity) {}
-  __device__ __forceinline__ void advance() {
-    if (++slot == kCount) slot = 0, parity ^= 1;
-  }
+  static_assert((kCount & (kCount - 1)) == 0);
+  uint32_t uses;  // of all slots, plus kCount times the first parity
+  __device__ __forceinline__ explicit Cursor(int first_parity) : uses(kCount * first_parity) {}
+  __device__ __forceinline__ int slot() const { return uses % kCount; }
+  __device__ __forceinline__ int parity() const { return uses / kCount % 2; }
+  __device__ __forceinline__ void advance() { ++uses; }
 };
 constexpr int kProducer = 1, kConsumer = 0;  // first parity: a fresh barrier counts as one whose phase before is over
 
@@ -141,12 +146,12 @@ __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tile
       }
       const bool last = base + Tiles::kWords * kWarp >= blocks;
       if (!any && !last) continue;
-      barrier_wait(smem_address(&smem.round_empty[round.slot]), round.parity);
-      auto& to = smem.rounds[round.slot];
+      barrier_wait(smem_address(&smem.round_empty[round.slot()]), round.parity());
+      auto& to = smem.rounds[round.slot()];
       if (lane < Tiles::kWords) to.needed[lane] = needed, to.full[lane] = full;
       if (lane == 0) to.item = item, to.first_block = base, to.last = last;
       __syncwarp();
-      if (lane == 0) barrier_arrive(smem_address(&smem.round_full[round.slot]));
+      if (lane == 0) barrier_arrive(smem_address(&smem.round_full[round.slot()]));
       round.advance();
     }
     if (end) return;
@@ -194,12 +199,12 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   int value_block = 0, value_head = -1;
   const auto send_values = [&] {
     if (value_head < 0) return;
-    auto& full = smem.v_full[value_stage.slot];
+    auto& full = smem.v_full[value_stage.slot()];
     if (lane == 0) {
-      barrier_wait(at(smem.v_empty[value_stage.slot]), value_stage.parity);
+      barrier_wait(at(smem.v_empty[value_stage.slot()]), value_stage.parity());
       barrier_arrive_expect(at(full), Tiles::kVBytes);
     }
-    load_blocks(smem.v[value_stage.slot], maps.v, maps.v_tile, full, Tiles::kValueSlabs, value_head, value_block);
+    load_blocks(smem.v[value_stage.slot()], maps.v, maps.v_tile, full, Tiles::kValueSlabs, value_head, value_block);
     value_stage.advance();
   };
 
@@ -208,37 +213,37 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   uint32_t partial = 0;    // those that need a mask
   bool first = true;
   const auto send = [&](int item, int flags) {
-    const RowTile rows = row_tile_of(args, item);
+    const RowTile rows = row_tile_of(args, recomputed(item));  // parts of it kept through the loop would spill
     // What a tile has no block for is hidden; it repeats another block, so that no stale numbers enter the products.
     const int repeated = __shfl_sync(~0u, block, max(count - 1, 0));
     if (lane >= count) block = count ? repeated : 0;
     partial |= ~0u << count;
-    barrier_wait(at(smem.k_empty[stage.slot]), stage.parity);
+    barrier_wait(at(smem.k_empty[stage.slot()]), stage.parity());
 #pragma unroll
     for (int b = 0; b < Tiles::kBlocks; ++b) {
       const int key = __shfl_sync(~0u, block, b) * Tiles::kBlock + lane;
       const bool exists = b < count && key < sizes.keys;
-      if (partial >> b & 1)
-        copy_async_4(at(smem.row_end[stage.slot][b * Tiles::kBlock + lane]), mask.row_end + (exists ? key : 0), exists);
+      int& end = smem.row_end[stage.slot()][b * Tiles::kBlock + recomputed(lane)];  // likewise
+      if (partial >> b & 1) copy_async_4(at(end), mask.row_end + (exists ? key : 0), exists);
     }
-    copy_async_arrive(at(smem.k_full[stage.slot]));
-    auto& tile = smem.tiles[stage.slot];
+    copy_async_arrive(at(smem.k_full[stage.slot()]));
+    auto& tile = smem.tiles[stage.slot()];
     if (lane < Tiles::kBlocks) tile.first_key[lane] = block * Tiles::kBlock;
     if (lane == 0) {
       constexpr int kMasks = (1 << Tiles::kBlocks) - 1;
       tile.item = item, tile.flags = flags | (first ? kFirst : 0) | (partial & kMasks) * kPartial;
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.slot]), Tiles::kKBytes);
-    load_blocks(smem.k[stage.slot], maps.k, maps.k_tile, smem.k_full[stage.slot], Tiles::kSlabs, rows.kv_head, block);
+    if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.slot()]), Tiles::kKBytes);
+    load_blocks(smem.k[stage.slot()], maps.k, maps.k_tile, smem.k_full[stage.slot()], Tiles::kSlabs, rows.kv_head, block);
     if (Tiles::kQBuffers == 1) send_values();  // the place of these is free before that of Q
     if (first) {  // Q goes behind K, which need not wait for the consumers to finish an item before
       if (lane == 0) {
-        barrier_wait(at(smem.q_empty[buffer.slot]), buffer.parity);
-        barrier_arrive_expect(at(smem.q_full[buffer.slot]),
+        barrier_wait(at(smem.q_empty[buffer.slot()]), buffer.parity());
+        barrier_arrive_expect(at(smem.q_full[buffer.slot()]),
                               args.tile_tokens * args.group.divisor * Tiles::kSlabs * 128);
         for (int slab = 0; slab < Tiles::kSlabs; ++slab)
-          tma_load(at(smem.q[buffer.slot]) + slab * Tiles::kQSlab, &maps.q, at(smem.q_full[buffer.slot]), slab * 64,
+          tma_load(at(smem.q[buffer.slot()]) + slab * Tiles::kQSlab, &maps.q, at(smem.q_full[buffer.slot()]), slab * 64,
                    rows.kv_head * args.group.divisor, rows.first_token);
       }
       buffer.advance();
@@ -250,8 +255,8 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   };
 
   for (;;) {
-    barrier_wait(at(smem.round_full[round.slot]), round.parity);
-    const auto& found = smem.rounds[round.slot];
+    barrier_wait(at(smem.round_full[round.slot()]), round.parity());
+    const auto& found = smem.rounds[round.slot()];
     const int item = found.item;
     if (item >= args.items) break;
     for (int w = 0; w < Tiles::kWords; ++w) {
@@ -265,15 +270,15 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
     }
     if (found.last) send(item, kLast);
     __syncwarp();
-    if (lane == 0) barrier_arrive(at(smem.round_empty[round.slot]));
+    if (lane == 0) barrier_arrive(at(smem.round_empty[round.slot()]));
     round.advance();
   }
   send_values();
-  barrier_wait(at(smem.k_empty[stage.slot]), stage.parity);
-  copy_async_arrive(at(smem.k_full[stage.slot]));
+  barrier_wait(at(smem.k_empty[stage.slot()]), stage.parity());
+  copy_async_arrive(at(smem.k_full[stage.slot()]));
   if (lane == 0) {
-    smem.tiles[stage.slot].flags = kEnd;
-    barrier_arrive(at(smem.k_full[stage.slot]));
+    smem.tiles[stage.slot()].flags = kEnd;
+    barrier_arrive(at(smem.k_full[stage.slot()]));
   }
 }
 
@@ -379,12 +384,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   const Sizes& sizes = call.sizes;
   const auto at = [](auto& x) { return smem_address(&x); };
   // From a shuffle, so that the compiler knows it to be the same for the whole warp.
-  const int consumer = __shfl_sync(~0u, threadIdx.x / Tiles::kGroupThreads - 1, 0), lane = threadIdx.x % kWarp;
-  const int warp_row = (threadIdx.x / kWarp - 4) * 16;  // first of this warp's 16 rows in the row tile
-  // The turns: barrier 1 + c is consumer c's; it is opened by the other consumer, once before the start.
+  const int consumer = __shfl_sync(~0u, threadIdx.x / Tiles::kGroupThreads - 1, 0);
+  // The turns: barrier 1 + c is consumer c's. The consumer before it in the ring opens it; that of the first is opened once
+  // more, before the start, and taken once more in the end. The barriers after these are for a consumer by itself.
   const auto take_turn = [&] { named_sync(1 + consumer, 2 * Tiles::kGroupThreads); };
-  const auto pass_turn = [&] { named_arrive(2 - consumer, 2 * Tiles::kGroupThreads); };
-  if (consumer == 1) pass_turn();
+  const auto pass_turn = [&] { named_arrive(1 + (consumer + 1) % Tiles::kConsumers, 2 * Tiles::kGroupThreads); };
+  if (consumer == Tiles::kConsumers - 1) pass_turn();
 
   Cursor<Tiles::kStages> stage(kConsumer), value_stage(kConsumer);  // of keys, and of the values of the tile before
   Cursor<Tiles::kQBuffers> buffer(kConsumer);  // of the tile whose scores are computed next
@@ -394,18 +399,25 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   RowTile rows;
   int tokens[2];
 
+  struct Place {
+    int lane, warp_row;  // the first of this warp's 16 rows in the row tile
+  };
+  const auto place = [] {  // computed anew for each item: nothing that depends on it takes registers through the loop
+    const uint32_t thread = recomputed(threadIdx.x);
+    return Place{int(thread % kWarp), (int(thread / kWarp) - 4) * 16};
+  };
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
     __syncwarp();
-    if (lane == 0) barrier_arrive(at(barrier));
+    if (threadIdx.x % kWarp == 0) barrier_arrive(at(barrier));
   };
   const auto release_q = [&](int flags) {  // once the scores are there
-    if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.slot]);
+    if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.slot()]);
   };
   const auto issue_scores = [&] {
-    const uint32_t q_rows = at(smem.q[buffer.slot]) + consumer * Tiles::kGroupRows * 128;
+    const uint32_t q_rows = at(smem.q[buffer.slot()]) + consumer * Tiles::kGroupRows * 128;
     // Descriptors of the only buffer are always the same; kept in registers they would make others spill.
     const uint64_t q = descriptor_k_major(Tiles::kQBuffers == 1 ? recomputed(q_rows) : q_rows);
-    const uint64_t k = descriptor_k_major(at(smem.k[stage.slot]));
+    const uint64_t k = descriptor_k_major(at(smem.k[stage.slot()]));
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Tiles::kDim / 16; ++step)
@@ -424,6 +436,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   };
   const auto begin_item = [&](int item) {
     rows = row_tile_of(args, item);
+    const auto [lane, warp_row] = place();
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       tokens[h] = min(rows.first_token + args.group.divide(warp_row + h * 8 + lane / 4), sizes.rows - 1);
@@ -433,18 +446,22 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   const auto to_probabilities = [&](int flags) {
     if (args.scaling.capped) {
 #pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n)
+      for (int n = 0; n < kKeyTiles; ++n) {
+        // Asked twice: behind one branch alone ptxas begins so many of them at once that others spill.
+        if (n == kKeyTiles / 2 && !recomputed(args.scaling.capped)) break;
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
+      }
     }
     if (flags >= kPartial)
-      mask_tile<Tiles>(s, call.mask, smem.row_end[stage.slot], tokens, smem.tiles[stage.slot], flags, sizes.keys,
+      mask_tile<Tiles>(s, call.mask, smem.row_end[stage.slot()], tokens, smem.tiles[stage.slot()], flags, sizes.keys,
                        std::make_integer_sequence<int, Tiles::kBlocks>{});
-    release(smem.k_empty[stage.slot]);
+    release(smem.k_empty[stage.slot()]);
     return softmax.update(s, args.scaling.log2_scale, args.slack, correction);
   };
   // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem.
   const auto finish_item = [&](int q_buffer) {
+    const auto [lane, warp_row] = place();
     const int first_token = rows.first_token, kv_head = rows.kv_head, group = args.group.divisor;
     const int group_rows = args.tile_tokens * group;
     char* const staged = Tiles::kStagedInQ ? smem.q[q_buffer] : smem.out;
@@ -498,11 +515,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     }
   };
 
-  barrier_wait(at(smem.k_full[stage.slot]), stage.parity);
-  int flags = smem.tiles[stage.slot].flags;
+  barrier_wait(at(smem.k_full[stage.slot()]), stage.parity());
+  int flags = smem.tiles[stage.slot()].flags;
   if (!(flags & kEnd)) {
-    begin_item(smem.tiles[stage.slot].item);
-    barrier_wait(at(smem.q_full[buffer.slot]), buffer.parity);
+    begin_item(smem.tiles[stage.slot()].item);
+    barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
     take_turn();
     issue_scores();
     pass_turn();
@@ -513,35 +530,35 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
 
     bool accumulate = false;  // does O hold values of the item already?
     for (;;) {
-      const int q_buffer = buffer.slot;
+      const int q_buffer = buffer.slot();
       const bool last = flags & kLast;
       stage.advance();
-      barrier_wait(at(smem.k_full[stage.slot]), stage.parity);
-      flags = smem.tiles[stage.slot].flags;
+      barrier_wait(at(smem.k_full[stage.slot()]), stage.parity());
+      flags = smem.tiles[stage.slot()].flags;
       if (last) {
         buffer.advance();
         if (flags & kEnd) {
-          barrier_wait(at(smem.v_full[value_stage.slot]), value_stage.parity);
-          issue_values(value_stage.slot, accumulate);
+          barrier_wait(at(smem.v_full[value_stage.slot()]), value_stage.parity());
+          issue_values(value_stage.slot(), accumulate);
           wgmma_wait<0>();
-          named_sync(3 + consumer, Tiles::kGroupThreads);  // in place of a turn, see finish_item
+          named_sync(1 + Tiles::kConsumers + consumer, Tiles::kGroupThreads);  // in place of a turn, see finish_item
           finish_item(q_buffer);
           break;
         }
-        barrier_wait(at(smem.q_full[buffer.slot]), buffer.parity);
+        barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
       }
       take_turn();
       issue_scores();
-      barrier_wait(at(smem.v_full[value_stage.slot]), value_stage.parity);
-      issue_values(value_stage.slot, accumulate);
+      barrier_wait(at(smem.v_full[value_stage.slot()]), value_stage.parity());
+      issue_values(value_stage.slot(), accumulate);
       pass_turn();
       wgmma_wait<1>();
       release_q(flags);
       if (last) {
         wgmma_wait<0>();
-        release(smem.v_empty[value_stage.slot]);
+        release(smem.v_empty[value_stage.slot()]);
         finish_item(q_buffer);
-        begin_item(smem.tiles[stage.slot].item);
+        begin_item(smem.tiles[stage.slot()].item);
         to_probabilities(flags);
       } else {
         const bool correct = to_probabilities(flags);
@@ -554,7 +571,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
             for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
         }
         wgmma_wait<0>();  // behind a branch, across which ptxas moves no softmax
-        release(smem.v_empty[value_stage.slot]);
+        release(smem.v_empty[value_stage.slot()]);
       }
       accumulate = !last;
       value_stage.advance();
@@ -590,13 +607,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < Tiles::kGroupThreads) {
-    // The shares of three warpgroups must not add up to more than the 168 registers a thread of the launch, or they wait
-    // for each other for ever: 40 + 2 * 232 = 3 * 168.
-    registers_decrease<40>();
+    registers_decrease<Tiles::kProducerRegisters>();
     if (threadIdx.x < kWarp) load<Tiles>(args, maps, smem);
     else if (threadIdx.x < 2 * kWarp) plan<Tiles>(args, smem);
   } else {
-    registers_increase<232>();
+    registers_increase<Tiles::kConsumerRegisters>();
     consume<Tiles>(args, smem);
   }
 }
