@@ -79,8 +79,8 @@ struct BackwardTiles {
     uint64_t item_full[kItems], item_empty[kItems], v_full, v_empty, full[kStages], empty[kStages];
     uint64_t ds_full[kScores], ds_empty[kScores], staging_full[kConsumers];
     int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items, its place
-    int message[kStages];
-    int2 announced[kAnnounced];  // number of a row tile among those of all heads, or -1: the end; place of its item
+    int2 message[kStages];   // and the number of the row tile among those of all heads
+    int2 announced[kAnnounced];  // to the adders: the number of a row tile, or -1: the end; the place of its item
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -185,52 +185,55 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
   bool values_due = false;
   int marks = kOddValues;  // what the last message had: the phase of the values, and how many row tiles were sent before
   const auto send = [&](int message, int kv_head) {  // its first row and flags
-    const int stage = stages.place();
+    const int stage = stages.place(), row0 = message & ~kFlags, head = kv_head * group;
+    const int token = args.rows.first_token(row0), bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
+    const int64_t from = static_cast<int64_t>(kv_head) * work.padded_rows + row0;
+    const bool some = !(message & kNoRows), with_values = some && values_due;
+    const uint32_t full = at(smem.full[stage]), v_full = at(smem.v_full);
     barrier_wait(at(smem.empty[stage]), stages.parity() ^ 1);
-    if (values_due && !(message & kNoRows)) marks ^= kOddValues;
-    smem.message[stage] = message + marks;
-    // The place is free: what was announced there is of a row tile whose dQ the consumers have seen leave their staging
-    // before they computed with the last but one of those sent.
-    int2& announced = smem.announced[sent_before(marks)];
-    const uint32_t full = at(smem.full[stage]);
-    if (message & kNoRows) {
-      announced = {-1, 0};
-      barrier_arrive(full);
-    } else {
-      const int row0 = message & ~kFlags;
-      announced = {(kv_head * (work.padded_rows / 64) + row0 / 64) / (kRows / 64), smem.item[slots.place()].w};
-      marks = (marks & kOddValues) + (marks + kSentUnit & kFlags & -kSentUnit);
-      const int token = args.rows.first_token(row0);
-      const int bytes = args.rows.tokens.divisor * group * Tiles::kDim * 2;
-      barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
+    // The loads come first, what counts their bytes after: consumers wait for the arrival as well.
+    if (some) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        const int bytes = slab * Tiles::kQSlab, head = kv_head * group;
-        tma_load(at(smem.stages[stage].q) + bytes, q_map, full, slab * 64, head, token);
-        tma_load(at(smem.stages[stage].grad_out) + bytes, o_map, full, slab * 64, head, token);
+        tma_load(at(smem.stages[stage].q) + slab * Tiles::kQSlab, q_map, full, slab * 64, head, token);
+        tma_load(at(smem.stages[stage].grad_out) + slab * Tiles::kQSlab, o_map, full, slab * 64, head, token);
       }
-      const int64_t from = static_cast<int64_t>(kv_head) * work.padded_rows + row0;
       bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
       bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
-      if (values_due) {
-        const uint32_t v_full = at(smem.v_full);
-        barrier_wait(at(smem.v_empty), marks & kOddValues ? 0 : 1);
-        barrier_arrive_expect(v_full, Tiles::kKBytes);
+    }
+    if (with_values) marks ^= kOddValues;
+    const int number = (kv_head * (work.padded_rows / 64) + row0 / 64) / (kRows / 64);
+    smem.message[stage] = {message + marks, number};
+    if constexpr (kOrdered) {
+      // The place is free: what was announced there is of a row tile whose dQ the consumers have seen leave their staging
+      // before they computed with the last but one of those sent.
+      smem.announced[sent_before(marks)] = {some ? number : -1, smem.item[slots.place()].w};
+    }
+    if (some) {
+      marks = (marks & kOddValues) + (marks + kSentUnit & kFlags & -kSentUnit);
+      barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
+    } else {
+      barrier_arrive(full);
+    }
+    if (with_values) {
+      barrier_wait(at(smem.v_empty), marks & kOddValues ? 0 : 1);
+      barrier_arrive_expect(v_full, Tiles::kKBytes);
 #pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab)
-          tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, v_full, slab * 64, kv_head, k0);
-        values_due = false;
-      }
+      for (int slab = 0; slab < kSlabs; ++slab)
+        tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, v_full, slab * 64, kv_head, k0);
+      values_due = false;
     }
     ++stages.steps;
   };
 
+  const auto take = [&] { return atomicAdd(work.counters, 1); };
+  int next = kOrdered ? 0 : take();
   for (bool ends = false; !ends; ++slots.steps) {
-    const int taken = atomicAdd(work.counters, 1), items = work.counters[1], slot = slots.place();
+    const int taken = kOrdered ? take() : next, items = work.counters[1], slot = slots.place();
     ends = taken / items >= sizes.kv_heads;
     const int kv_head = kOrdered ? taken % sizes.kv_heads : taken / items;
     const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
-    if (!ends) wait_for_clear_sums(args, kv_head);
+    if (!ends && kv_head != smem.item[slots.place() ^ 1].y) wait_for_clear_sums(args, kv_head);  // not that of the last item
     const int4 item = ends ? int4{0, 0, 0, 0} : work.items[place];
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
@@ -253,6 +256,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     int row0 = item.y + (row_tiles > 0 && !kOrdered ? tile % row_tiles * kRows : 0);
     int held = -1;  // the message before goes out when it is known whether it is the last
     for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
+      // The next item is taken late, to leave it to others for as long as possible, and yet before it is needed.
+      if (!kOrdered && left == min(row_tiles, 2)) next = take();  // in fixed order no register is left for it
       bool full = row0 >= full_from && row0 + kRows <= full_to;
       if (left > 0 && call.mask.window) {
         const Bounds depth = depths_of_row_tile(args, row0);
@@ -320,28 +325,28 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   Ring<Tiles::kStages> stages;
   Ring<Tiles::kItems> slots;
 
-  // Where the keys of the row tile before are, whose dQ is to come, negative for none. Its dS' are at the place before in
-  // the ring.
+  // The row tile before, whose dQ is to come: its number * kItems + where its keys are; negative for none. Its dS' are at
+  // the place before in the ring.
   int late = -1;
   // dQ in this warp's staging is sent, or handed to the adder, with the next fence: a fence of its own would wait for the
   // stores.
-  enum { kFree, kStaged, kSent } staging_is = kFree;
-  const auto send_staged = [&](unsigned row_tile) {  // how-manieth of all
-    if (staging_is != kStaged) return;
+  constexpr int kFree = -1, kSent = -2;
+  int staged = kFree;  // or the number of the row tile among those of all heads
+  const auto send_staged = [&] {
+    if (staged < 0) return;
     if constexpr (kOrdered) {
       release(smem.staging_full[consumer]);
     } else if (recomputed(threadIdx.x) % kWarp == 0) {  // kept from elsewhere it would make other registers spill
-      const int number = smem.announced[row_tile % Tiles::kAnnounced].x;
-      bulk_add(args.work.grad_q + int64_t{number} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
+      bulk_add(args.work.grad_q + int64_t{staged} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
                sizeof(smem.staging[0]));
     }
-    staging_is = kSent;
+    staged = kSent;
   };
   const auto wait_for_staging = [&] {
     if constexpr (kOrdered) {
       // A named barrier: with the loop around one more mbarrier ptxas finds no registers for products side by side.
-      if (staging_is == kSent) named_sync(1 + consumer, Tiles::kStagingThreads);
-      staging_is = kFree;
+      if (staged == kSent) named_sync(1 + consumer, Tiles::kStagingThreads);
+      staged = kFree;
     } else {
       if (lane == 0) bulk_wait_read<0>();
       __syncwarp();
@@ -367,7 +372,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
-    staging_is = kStaged;
+    staged = late / Tiles::kItems;
   };
 
   for (;;) {
@@ -385,7 +390,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     do {
       const int stage = stages.place();
       barrier_wait(at(smem.full[stage]), stages.parity());
-      message = smem.message[stage];
+      const int2 sent = smem.message[stage];
+      message = sent.x;
       // The places of this row tile's dS' and of the one before.
       const Ring<Tiles::kScores> scores{sent_before(message)}, before{scores.steps - 1};
       if (!(message & kNoRows)) {
@@ -525,7 +531,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                           w[i][3]);
         proxy_fence();
         release(smem.ds_full[scores.place()]);
-        send_staged(scores.steps - 2);
+        send_staged();
 
         float dq[8][4];
         late_product(dq, before);  // of whatever is there when none is to come
@@ -535,7 +541,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
         wgmma_commit();
         wgmma_wait<1>();
         if (late >= 0) late_add(dq, before);
-        late = slot;
+        late = sent.y * Tiles::kItems + slot;
         wgmma_wait<0>();
       } else if (late >= 0) {  // its keys make room for the next item, and nothing may come after this one
         float dq[8][4];
@@ -547,10 +553,10 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       release(smem.empty[stage]);
       ++stages.steps;
     } while (!(message & (kNoRows | kLast)));
-    if (staging_is == kStaged) {
+    if (staged >= 0) {
       proxy_fence();
       __syncwarp();
-      send_staged(sent_before(message) - 1);
+      send_staged();
     }
     if (item.x < 0) break;
 
@@ -643,25 +649,30 @@ template <typename Tiles>
 __device__ __forceinline__ void add_in_order(const BackwardArguments& args, typename Tiles::Smem& smem, int consumer) {
   constexpr int kHalf = Tiles::kRows * Tiles::kDim / 2;  // float32 sums
   const Workspace& work = args.work;
-  const int lane = threadIdx.x % kWarp, row_tiles = work.padded_rows / Tiles::kRows;
+  const int lane = threadIdx.x % kWarp;
   RowTurns<Tiles> turns;
+  // Of the row tile that is probably next, read while the sums of the one before arrive.
+  int next = -1, seen = -1;
   for (unsigned step = 0;; ++step) {
     barrier_wait(smem_address(&smem.staging_full[consumer]), step & 1);
     const int2 announced = smem.announced[step % Tiles::kAnnounced];
     __syncwarp();
     if (announced.x < 0) return;
     turns.of_item(args, announced.y);
-    const int turn = turns.of_row_tile(announced.x % row_tiles % RowTurns<Tiles>::kTiles);
+    const int turn = turns.of_row_tile(announced.x % (work.padded_rows / Tiles::kRows) % RowTurns<Tiles>::kTiles);
     const int half = announced.x * 2 + consumer;
     int* const added = work.row_parts + half;
     if (lane == 0) {
-      while (load_acquire(added) != turn) {}
+      if (next != announced.x || seen != turn)
+        while (load_acquire(added) != turn) {}
       bulk_add(work.grad_q + int64_t{half} * kHalf, smem_address(smem.staging[consumer * Tiles::kGroupReleases]), kHalf * 4);
       bulk_wait_read<0>();
     }
     __syncwarp();
     named_arrive(1 + consumer, Tiles::kStagingThreads);  // the staging is free
     if (lane == 0) {
+      next = smem.announced[(step + 1) % Tiles::kAnnounced].x;
+      if (next >= 0) seen = load_acquire(work.row_parts + next * 2 + consumer);
       bulk_wait<0>();
       store_release(added, turn + 1);
     }
@@ -694,6 +705,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     }
     for (int i = 0; i < Tiles::kConsumers; ++i)
       barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases);
+    for (int i = 0; i < Tiles::kItems; ++i) smem.item[i].y = 0;     // the sums of the first head are clear
+    for (int i = 0; i < Tiles::kAnnounced; ++i) smem.announced[i].x = -1;
     barrier_init_fence();
   }
   if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {

@@ -189,11 +189,15 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
   const int64_t packed = static_cast<int64_t>(kv_head) * args.work.padded_rows;
 
   int4 out[Part::kPasses], grad[Part::kPasses];
+  float lses[Part::kPasses];  // all loads are in flight at once
 #pragma unroll
   for (int i = 0; i < Part::kPasses; ++i) {
     const int row = first + i * Part::kPerPass + lane / Part::kLanes;
     out[i] = grad[i] = {0, 0, 0, 0};
-    if (args.rows.valid(row) && col < call.sizes.value_dim) {
+    lses[i] = 0.f;
+    if (args.rows.valid(row)) {
+      lses[i] = call.lse[static_cast<int64_t>(args.rows.head(row, kv_head)) * call.sizes.rows + args.rows.token(row)];
+      if (col >= call.sizes.value_dim) continue;
       const auto at = [&](const Tensor3& x) { return static_cast<const T*>(x.data) + args.rows.offset(x, row, kv_head) + col; };
       out[i] = *reinterpret_cast<const int4*>(at(call.out));
       grad[i] = *reinterpret_cast<const int4*>(at(call.grad_out));
@@ -223,7 +227,7 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
     if (args.rows.valid(row)) {
       const int token = args.rows.token(row), head = args.rows.head(row, kv_head);
       const int64_t at = static_cast<int64_t>(head) * call.sizes.rows + token;
-      const float lse = call.lse[at];
+      const float lse = lses[i];
       call.delta[at] = delta;
       if (lse == negative_infinity()) {
         delta = 0.f;
