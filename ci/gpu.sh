@@ -7,8 +7,9 @@
 #
 # Results and logs go to $GPU_RESULTS (build/gpu), the summary to $GPU_RESULTS/gpu.json. A part that fails does not stop
 # the others; the exit status is 1 if any failed. SANITIZE_CASES (14) and SANITIZE_SEED (0) size the sanitizers' sweep of
-# each set of kernels, COMPUTE_SANITIZER names another compute-sanitizer than that on PATH. TREE_ATTN_SWEEP_CASES (3000)
-# and TREE_ATTN_SWEEP_SEED size that of the tests, BENCH_ARGS goes to ci/gpu_bench.py.
+# each set of kernels, COMPUTE_SANITIZER names another compute-sanitizer than that on PATH, RACECHECK_LIBRARY a build with
+# TREE_ATTN_EVERY_LANE_ARRIVES (else one is made). TREE_ATTN_SWEEP_CASES (3000) and TREE_ATTN_SWEEP_SEED size that of the
+# tests, BENCH_ARGS goes to ci/gpu_bench.py.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -36,7 +37,7 @@ tests() {
 }
 
 sanitize() { # each set of kernels by itself, under each tool
-  local sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer} paths path tool options
+  local sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer} library=${RACECHECK_LIBRARY:-} paths path tool options cases
   if ! command -v "$sanitizer" > /dev/null; then
     echo "there is no $sanitizer; it comes with the CUDA toolkit, and as nvidia-cuda-sanitizer-api from PyPI"
     failed+=(sanitize)
@@ -47,17 +48,25 @@ sanitize() { # each set of kernels by itself, under each tool
     failed+=(sanitize)
     return
   fi
+  # On Hopper a warp's reads are over when one of its lanes, behind __syncwarp, arrives at a barrier. racecheck counts the
+  # reads of that lane alone and takes those of the others for races with the next write, so it watches kernels of which
+  # all lanes arrive; the option does the same for some of its versions (CUDA 12.3 to 12.6).
+  if [[ " $paths " == *" hopper "* && -z $library ]]; then
+    library=$results/racecheck/libtree_attn_cuda.so
+    NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -DTREE_ATTN_EVERY_LANE_ARRIVES" part racecheck-build \
+      "$python" csrc/build.py --folder "$results/racecheck" --output "$library"
+  fi
   for path in $paths; do
     for tool in memcheck racecheck; do
-      options=()
-      # A warp's reads are over when one of its lanes, behind __syncwarp, arrives at a barrier. Sanitizers of CUDA 12.3
-      # to 12.6 count the reads of the arriving lane alone unless told, and take those of the others for races with the
-      # next write.
-      if [ "$tool" = racecheck ] && "$sanitizer" --help | grep -q racecheck-indirect-barrier-dependency; then
-        options=(--racecheck-indirect-barrier-dependency yes)
+      options=() cases=("$path" "${SANITIZE_CASES:-14}" "${SANITIZE_SEED:-0}")
+      if [ "$tool" = racecheck ]; then
+        [ "$path" = hopper ] && cases+=(--library "$library")
+        if "$sanitizer" --help | grep -q racecheck-indirect-barrier-dependency; then
+          options=(--racecheck-indirect-barrier-dependency yes)
+        fi
       fi
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool-$path" "$sanitizer" --tool "$tool" "${options[@]}" \
-        --error-exitcode 1 "$python" ci/sanitize_cases.py "$path" "${SANITIZE_CASES:-14}" "${SANITIZE_SEED:-0}"
+        --error-exitcode 1 "$python" ci/sanitize_cases.py "${cases[@]}"
     done
   done
 }

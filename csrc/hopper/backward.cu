@@ -1,17 +1,25 @@
 // One instance of the Hopper backward; the build compiles this file once for every (dtype, head dim, value dim).
 #include <algorithm>
+#include <type_traits>
 
 #include "../shared_memory.h"
-#include "backward.cuh"
+#include "backward_wide.cuh"
 #include "instances.h"
 #include "maps.h"
 
 namespace tree_attn::hopper {
 
+template <typename Tiles, bool kCapped, bool kOrdered>
+constexpr auto main_kernel() {
+  if constexpr (Tiles::kDim > kMaxOrderedDim) return &wide_backward_kernel<Tiles, kCapped>;
+  else return &hopper::backward_kernel<Tiles, kCapped, kOrdered>;
+}
+
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
-  static_assert(kDim == kValueDim);
-  using Tiles = BackwardTiles<T, kDim>;
+  constexpr bool kWide = kDim > kMaxOrderedDim;
+  static_assert(kWide || kDim == kValueDim);
+  using Tiles = std::conditional_t<kWide, WideBackwardTiles<T, kDim, kValueDim>, BackwardTiles<T, kDim>>;
   const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys, Tiles::kRows);
   const Sizes& s = call.sizes;
   const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;
@@ -33,17 +41,24 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
       <<<dim3(before.count(), kv_heads), portable::kPrepareWarps * kWarp, 0, stream>>>(args, before);
   const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
   const auto run = [&](auto capped, auto ordered) {
-    constexpr auto kKernel = hopper::backward_kernel<Tiles, decltype(capped)::value, decltype(ordered)::value>;
+    constexpr auto kKernel = main_kernel<Tiles, decltype(capped)::value, decltype(ordered)::value>();
     error = allow_shared_memory<kKernel>(Tiles::kSmem);
     if (error == cudaSuccess)
       kKernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
   };
-  const auto choose = [&](auto capped) { call.deterministic ? run(capped, std::true_type{}) : run(capped, std::false_type{}); };
-  args.scaling.capped ? choose(std::true_type{}) : choose(std::false_type{});
+  const auto run_capped = [&](auto ordered) {
+    args.scaling.capped ? run(std::true_type{}, ordered) : run(std::false_type{}, ordered);
+  };
+  if constexpr (kWide) run_capped(std::false_type{});
+  else call.deterministic ? run_capped(std::true_type{}) : run_capped(std::false_type{});
   if (error != cudaSuccess) return error;
 
   const int row_tiles = args.work.padded_rows / Tiles::kRows;
-  hopper::finish_kernel<Tiles><<<dim3(row_tiles + key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args, row_tiles);
+  const auto finish = [] {
+    if constexpr (kWide) return &wide_finish_kernel<Tiles>;
+    else return &hopper::finish_kernel<Tiles>;
+  }();
+  finish<<<dim3(row_tiles + key_tiles, kv_heads), kFinishThreads, 0, stream>>>(args, row_tiles);
   return cudaGetLastError();
 }
 

@@ -20,25 +20,11 @@
 // items of the heads in turn, because those of one head follow each other through a band.
 #pragma once
 
-#include "../portable/backward.cuh"
-#include "primitives.cuh"
-#include "rows.h"
+#include "backward_rows.cuh"
 
 namespace tree_attn::hopper {
 
 using portable::Workspace;
-
-struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
-  BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile, int row_tile)
-      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile) {}
-
- private:
-  // To the portable code `deterministic` means a kernel of its own for dQ.
-  static Backward unordered(Backward call) {
-    call.deterministic = false;
-    return call;
-  }
-};
 
 template <typename T_, int kDim_>
 struct BackwardTiles {
@@ -48,6 +34,7 @@ struct BackwardTiles {
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
   static constexpr int kGroupReleases = kGroupThreads / kWarp, kStagingThreads = kGroupThreads + kWarp;
+  static constexpr bool kClearsLater = true;  // sums of dQ, of all heads but the first
   static constexpr int kAnnounced = kStages + 2;  // row tiles sent whose dQ may not have left the staging
   static_assert(kAnnounced == 4, "messages count row tiles modulo 4");
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
@@ -81,6 +68,7 @@ struct BackwardTiles {
     int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items, its place
     int2 message[kStages];   // and the number of the row tile among those of all heads
     int2 announced[kAnnounced];  // to the adders: the number of a row tile, or -1: the end; the place of its item
+    int upcoming[kConsumers];    // to an adder, with dQ: the number of the row tile after, or negative if not known
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -99,12 +87,6 @@ struct Ring {
 // consumers have no registers to count for themselves.
 constexpr int kLast = 1, kPartial = 2, kNoRows = 4, kOddValues = 8, kSentUnit = 16, kFlags = 63;
 __device__ __forceinline__ unsigned sent_before(int message) { return (message & kFlags) / kSentUnit; }
-
-__device__ __forceinline__ Bounds depths_of_row_tile(const BackwardArguments& args, int row0) {
-  const int first = args.rows.first_token(row0), sequence = args.call.sizes.rows;
-  return bounds_of(args.call.mask.q_depth_bounds, min(first, sequence - 1),
-                   min(first + args.rows.tokens.divisor, sequence));
-}
 
 // Items of the list: first those that fill a band, then the others, both band by band. In fixed order the others are taken
 // from the last on; this maps the how-manieth that is taken to its place in the list, and back.
@@ -233,7 +215,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     ends = taken / items >= sizes.kv_heads;
     const int kv_head = kOrdered ? taken % sizes.kv_heads : taken / items;
     const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
-    if (!ends && kv_head != smem.item[slots.place() ^ 1].y) wait_for_clear_sums(args, kv_head);  // not that of the last item
+    if (!ends && kv_head != smem.item[slot ^ 1].y) wait_for_clear_sums(args, kv_head);  // another than of the last item
     const int4 item = ends ? int4{0, 0, 0, 0} : work.items[place];
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
@@ -313,13 +295,13 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const Sizes& sizes = call.sizes;
   const Mask& mask = call.mask;
   const auto at = [](auto& x) { return smem_address(&x); };
-  const int consumer = threadIdx.x / Tiles::kGroupThreads - 1, warp = threadIdx.x / kWarp - 4;  // of all consumers
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0) - 4;  // of all consumers
+  const int consumer = warp / Tiles::kGroupReleases;
   const int lane = threadIdx.x % kWarp;
   const uint32_t own_rows = consumer * Tiles::kGroupKeys * 128;  // of this consumer's keys in a slab of K or V
   char* const staging = smem.staging[warp];
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at(barrier));
+    warp_arrive(at(barrier), lane);
   };
 
   Ring<Tiles::kStages> stages;
@@ -335,6 +317,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const auto send_staged = [&] {
     if (staged < 0) return;
     if constexpr (kOrdered) {
+      if (warp % Tiles::kGroupReleases == 0 && lane == 0) smem.upcoming[consumer] = late >> 1;  // -1 stays negative
       release(smem.staging_full[consumer]);
     } else if (recomputed(threadIdx.x) % kWarp == 0) {  // kept from elsewhere it would make other registers spill
       bulk_add(args.work.grad_q + int64_t{staged} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
@@ -449,36 +432,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
             for (int e = 0; e < 4; ++e) s[n][e] = tanh_accurate(args.scaling.inner_scale * s[n][e]);
         }
         if (partial) {
-          const int row = row0 + (lane % 4) * 2;  // of this thread's first score
-          int first[2], end[2], key_depth[2];     // the rows that see this thread's keys, counted from that
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int key = item.x * Tiles::kKeys + warp * 16 + h * 8 + lane / 4;
-            const int2 tokens = key < sizes.keys ? rows_of_key(mask, key) : int2{0, 0};
-            first[h] = args.rows.first_row(min(tokens.x, sizes.rows)) - row;
-            end[h] = args.rows.first_row(min(tokens.y, sizes.rows)) - row;
-            key_depth[h] = mask.window && key < sizes.keys ? __ldg(mask.k_depth + key) : 0;
-          }
-#pragma unroll
-          for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-              if (n * 8 + e % 2 < first[e / 2] || n * 8 + e % 2 >= end[e / 2]) s[n][e] = negative_infinity();
-          if (mask.window) {
-            int depths[kRows / kWarp];  // of the rows: each lane brings some
-#pragma unroll
-            for (int i = 0; i < kRows / kWarp; ++i)
-              depths[i] = __ldg(mask.q_depth + args.rows.token(row0 + i * kWarp + lane));
-#pragma unroll
-            for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int depth = __shfl_sync(~0u, depths[n / 4], n % 4 * 8 + (lane % 4) * 2 + e);
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                  if (depth - key_depth[h] >= mask.window) s[n][2 * h + e] = negative_infinity();
-              }
-          }
+          const int key0 = item.x * Tiles::kKeys + consumer * Tiles::kGroupKeys;
+          SeenRows(args, key0).template hide<kRows>(args, key0, row0, s);
           if constexpr (kReadsEarly) read(smem.log2_sums[stage]);
         }
         if constexpr (!kCapped) {
@@ -651,11 +606,11 @@ __device__ __forceinline__ void add_in_order(const BackwardArguments& args, type
   const Workspace& work = args.work;
   const int lane = threadIdx.x % kWarp;
   RowTurns<Tiles> turns;
-  // Of the row tile that is probably next, read while the sums of the one before arrive.
-  int next = -1, seen = -1;
+  int next = -1, seen = -1;  // of the row tile to come; the products added to it, read while the sums before it arrive
   for (unsigned step = 0;; ++step) {
     barrier_wait(smem_address(&smem.staging_full[consumer]), step & 1);
     const int2 announced = smem.announced[step % Tiles::kAnnounced];
+    const int upcoming = smem.upcoming[consumer];
     __syncwarp();
     if (announced.x < 0) return;
     turns.of_item(args, announced.y);
@@ -671,7 +626,7 @@ __device__ __forceinline__ void add_in_order(const BackwardArguments& args, type
     __syncwarp();
     named_arrive(1 + consumer, Tiles::kStagingThreads);  // the staging is free
     if (lane == 0) {
-      next = smem.announced[(step + 1) % Tiles::kAnnounced].x;
+      next = upcoming;
       if (next >= 0) seen = load_acquire(work.row_parts + next * 2 + consumer);
       bulk_wait<0>();
       store_release(added, turn + 1);
@@ -691,22 +646,21 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     prefetch_map(&q_map), prefetch_map(&o_map), prefetch_map(&k_map), prefetch_map(&v_map);
     for (int i = 0; i < Tiles::kItems; ++i) {
       barrier_init(smem_address(&smem.item_full[i]), 1);
-      barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases);
+      barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases * kWarpArrivals);
     }
     barrier_init(smem_address(&smem.v_full), 1);
-    barrier_init(smem_address(&smem.v_empty), Tiles::kReleases);
+    barrier_init(smem_address(&smem.v_empty), Tiles::kReleases * kWarpArrivals);
     for (int i = 0; i < Tiles::kStages; ++i) {
       barrier_init(smem_address(&smem.full[i]), 1);
-      barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases);
+      barrier_init(smem_address(&smem.empty[i]), Tiles::kReleases * kWarpArrivals);
     }
     for (int i = 0; i < Tiles::kScores; ++i) {
-      barrier_init(smem_address(&smem.ds_full[i]), Tiles::kReleases);
-      barrier_init(smem_address(&smem.ds_empty[i]), Tiles::kReleases);
+      barrier_init(smem_address(&smem.ds_full[i]), Tiles::kReleases * kWarpArrivals);
+      barrier_init(smem_address(&smem.ds_empty[i]), Tiles::kReleases * kWarpArrivals);
     }
     for (int i = 0; i < Tiles::kConsumers; ++i)
-      barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases);
-    for (int i = 0; i < Tiles::kItems; ++i) smem.item[i].y = 0;     // the sums of the first head are clear
-    for (int i = 0; i < Tiles::kAnnounced; ++i) smem.announced[i].x = -1;
+      barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases * kWarpArrivals);
+    for (int i = 0; i < Tiles::kItems; ++i) smem.item[i].y = 0;  // the head whose sums of dQ are clear from the beginning
     barrier_init_fence();
   }
   if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
@@ -717,9 +671,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     proxy_fence();
   }
   __syncthreads();
-  if (threadIdx.x < Tiles::kGroupThreads) {
+  // The same for all lanes, which the compiler cannot tell from threadIdx.x: now it keeps addresses in uniform registers.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
+  if (warp < Tiles::kGroupThreads / kWarp) {
     registers_decrease<Tiles::kProducerRegisters>();
-    const int warp = threadIdx.x / kWarp;
     if (threadIdx.x == 0) produce<Tiles, kOrdered>(args, &q_map, &o_map, &k_map, &v_map, smem);
     else if (warp == 3) clear_sums<Tiles>(args);
     else if (kOrdered && warp > 0) add_in_order<Tiles>(args, smem, warp - 1);
@@ -736,7 +691,7 @@ template <typename Tiles>
 __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
     prepare_kernel(const __grid_constant__ BackwardArguments args, portable::PrepareBlocks blocks) {
   const int block = blockIdx.x, kv_head = blockIdx.y, row_tiles = args.work.padded_rows / Tiles::kRows;
-  const bool clears = kv_head == 0;  // the other heads' sums of dQ are cleared while this one is computed
+  const bool clears = kv_head == 0 || !Tiles::kClearsLater;
   portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
   if (block == 0) {
     if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;

@@ -150,8 +150,7 @@ __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tile
       auto& to = smem.rounds[round.slot()];
       if (lane < Tiles::kWords) to.needed[lane] = needed, to.full[lane] = full;
       if (lane == 0) to.item = item, to.first_block = base, to.last = last;
-      __syncwarp();
-      if (lane == 0) barrier_arrive(smem_address(&smem.round_full[round.slot()]));
+      warp_arrive(smem_address(&smem.round_full[round.slot()]), lane);
       round.advance();
     }
     if (end) return;
@@ -269,8 +268,7 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
       }
     }
     if (found.last) send(item, kLast);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at(smem.round_empty[round.slot()]));
+    warp_arrive(at(smem.round_empty[round.slot()]), lane);
     round.advance();
   }
   send_values();
@@ -407,8 +405,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     return Place{int(thread % kWarp), (int(thread / kWarp) - 4) * 16};
   };
   const auto release = [&](uint64_t& barrier) {  // by every warp, once all its lanes are finished
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(at(barrier));
+    warp_arrive(at(barrier), threadIdx.x % kWarp);
   };
   const auto release_q = [&](int flags) {  // once the scores are there
     if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.slot()]);
@@ -587,7 +584,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
-    constexpr int kReleases = Tiles::kConsumers * Tiles::kGroupThreads / kWarp;
+    constexpr int kReleases = Tiles::kConsumers * Tiles::kGroupThreads / kWarp * kWarpArrivals;
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.k_tile, &maps.v_tile}) prefetch_map(map);
     for (int i = 0; i < Tiles::kQBuffers; ++i) {
       barrier_init(smem_address(&smem.q_full[i]), 1);
@@ -600,8 +597,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.v_empty[i]), kReleases);
     }
     for (int i = 0; i < Tiles::kRounds; ++i) {
-      barrier_init(smem_address(&smem.round_full[i]), 1);
-      barrier_init(smem_address(&smem.round_empty[i]), 1);
+      barrier_init(smem_address(&smem.round_full[i]), kWarpArrivals);
+      barrier_init(smem_address(&smem.round_empty[i]), kWarpArrivals);
     }
     barrier_init_fence();
   }

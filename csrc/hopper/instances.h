@@ -6,9 +6,11 @@
 
 // X(head dim, value dim): the compiled classes, smallest first; a call takes the first that holds it.
 #define TREE_ATTN_HOPPER_FORWARD_CLASSES(X) X(64, 64) X(96, 96) X(128, 128) X(192, 128) X(192, 192) X(256, 256)
-#define TREE_ATTN_HOPPER_BACKWARD_CLASSES(X) X(64, 64) X(128, 128)
+#define TREE_ATTN_HOPPER_BACKWARD_CLASSES(X) X(64, 64) X(128, 128) X(192, 128) X(192, 192) X(256, 256)
 
 namespace tree_attn::hopper {
+
+constexpr int kMaxOrderedDim = 128;  // the largest class of the backward that can add sums up in a fixed order
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);

@@ -21,6 +21,18 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// Arrivals of a warp: one of its lanes arrives, behind __syncwarp(), for what all have read and written. racecheck counts
+// the reads of that lane alone, so for it the library is built with TREE_ATTN_EVERY_LANE_ARRIVES and all lanes arrive.
+#ifdef TREE_ATTN_EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = kWarp;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (kWarpArrivals == kWarp || lane == 0) barrier_arrive(barrier);
+}
+
 // Arrive, and complete only once `bytes` more have been copied in.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");

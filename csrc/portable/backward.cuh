@@ -197,10 +197,13 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
     lses[i] = 0.f;
     if (args.rows.valid(row)) {
       lses[i] = call.lse[static_cast<int64_t>(args.rows.head(row, kv_head)) * call.sizes.rows + args.rows.token(row)];
-      if (col >= call.sizes.value_dim) continue;
-      const auto at = [&](const Tensor3& x) { return static_cast<const T*>(x.data) + args.rows.offset(x, row, kv_head) + col; };
-      out[i] = *reinterpret_cast<const int4*>(at(call.out));
-      grad[i] = *reinterpret_cast<const int4*>(at(call.grad_out));
+      if (col < call.sizes.value_dim) {
+        const auto at = [&](const Tensor3& x) {
+          return static_cast<const T*>(x.data) + args.rows.offset(x, row, kv_head) + col;
+        };
+        out[i] = *reinterpret_cast<const int4*>(at(call.out));
+        grad[i] = *reinterpret_cast<const int4*>(at(call.grad_out));
+      }
     }
   }
   if (clears) {
