@@ -25,11 +25,11 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;
   const unsigned key_tiles = (s.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = s.kv_heads;
 
-  CUtensorMap q_map, o_map, k_map, v_map;
-  if (!make_map<T>(&q_map, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
-      !make_map<T>(&o_map, call.grad_out, s.rows, s.heads, s.value_dim, group, tile_tokens) ||
-      !make_map<T>(&k_map, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kKeys) ||
-      !make_map<T>(&v_map, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
+  BackwardMaps maps;
+  if (!make_map<T>(&maps.q, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||
+      !make_map<T>(&maps.grad_out, call.grad_out, s.rows, s.heads, s.value_dim, group, tile_tokens) ||
+      !make_map<T>(&maps.k, call.k, s.keys, s.kv_heads, s.head_dim, 1, Tiles::kKeys) ||
+      !make_map<T>(&maps.v, call.v, s.keys, s.kv_heads, s.value_dim, 1, Tiles::kKeys))
     return cudaErrorInvalidValue;
 
   int device = 0, processors = 0;
@@ -44,7 +44,7 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
     constexpr auto kKernel = main_kernel<Tiles, decltype(capped)::value, decltype(ordered)::value>();
     error = allow_shared_memory<kKernel>(Tiles::kSmem);
     if (error == cudaSuccess)
-      kKernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, q_map, o_map, k_map, v_map);
+      kKernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, maps);
   };
   const auto run_capped = [&](auto ordered) {
     args.scaling.capped ? run(std::true_type{}, ordered) : run(std::false_type{}, ordered);

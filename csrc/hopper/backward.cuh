@@ -150,8 +150,7 @@ __device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args
 }
 
 template <typename Tiles, bool kOrdered>
-__device__ __forceinline__ void produce(const BackwardArguments& args, const CUtensorMap* q_map,
-                                        const CUtensorMap* o_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
+__device__ __forceinline__ void produce(const BackwardArguments& args, const BackwardMaps& maps,
                                         typename Tiles::Smem& smem) {
   constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys, kSlabs = Tiles::kDim / 64;
   const Backward& call = args.call;
@@ -177,8 +176,8 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
     if (some) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        tma_load(at(smem.stages[stage].q) + slab * Tiles::kQSlab, q_map, full, slab * 64, head, token);
-        tma_load(at(smem.stages[stage].grad_out) + slab * Tiles::kQSlab, o_map, full, slab * 64, head, token);
+        tma_load(at(smem.stages[stage].q) + slab * Tiles::kQSlab, &maps.q, full, slab * 64, head, token);
+        tma_load(at(smem.stages[stage].grad_out) + slab * Tiles::kQSlab, &maps.grad_out, full, slab * 64, head, token);
       }
       bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
       bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
@@ -202,7 +201,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
       barrier_arrive_expect(v_full, Tiles::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab)
-        tma_load(at(smem.v) + slab * Tiles::kKSlab, v_map, v_full, slab * 64, kv_head, k0);
+        tma_load(at(smem.v) + slab * Tiles::kKSlab, &maps.v, v_full, slab * 64, kv_head, k0);
       values_due = false;
     }
     ++stages.steps;
@@ -228,7 +227,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const CUt
       barrier_arrive_expect(item_full, Tiles::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab)
-        tma_load(at(smem.k[slot]) + slab * Tiles::kKSlab, k_map, item_full, slab * 64, kv_head, k0);
+        tma_load(at(smem.k[slot]) + slab * Tiles::kKSlab, &maps.k, item_full, slab * 64, kv_head, k0);
     }
 
     const KeySpan keys = KeySpan::load<kKeys>(call.mask, k0, sizes.keys);
@@ -637,13 +636,11 @@ __device__ __forceinline__ void add_in_order(const BackwardArguments& args, type
 
 template <typename Tiles, bool kCapped, bool kOrdered>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
-    backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ CUtensorMap q_map,
-                    const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
-                    const __grid_constant__ CUtensorMap v_map) {
+    backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
-    prefetch_map(&q_map), prefetch_map(&o_map), prefetch_map(&k_map), prefetch_map(&v_map);
+    prefetch_maps(maps);
     for (int i = 0; i < Tiles::kItems; ++i) {
       barrier_init(smem_address(&smem.item_full[i]), 1);
       barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases * kWarpArrivals);
@@ -663,19 +660,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     for (int i = 0; i < Tiles::kItems; ++i) smem.item[i].y = 0;  // the head whose sums of dQ are clear from the beginning
     barrier_init_fence();
   }
-  if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
-    // Rows that are none are never loaded: zeros there, times the probability 0, stay out of every sum.
-    int4* const stages = reinterpret_cast<int4*>(smem.stages);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.stages) / sizeof(int4)); i += Tiles::kThreads)
-      stages[i] = {0, 0, 0, 0};
-    proxy_fence();
-  }
+  clear_rows_that_are_none<Tiles>(args, smem.stages);
   __syncthreads();
   // The same for all lanes, which the compiler cannot tell from threadIdx.x: now it keeps addresses in uniform registers.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
   if (warp < Tiles::kGroupThreads / kWarp) {
     registers_decrease<Tiles::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Tiles, kOrdered>(args, &q_map, &o_map, &k_map, &v_map, smem);
+    if (threadIdx.x == 0) produce<Tiles, kOrdered>(args, maps, smem);
     else if (warp == 3) clear_sums<Tiles>(args);
     else if (kOrdered && warp > 0) add_in_order<Tiles>(args, smem, warp - 1);
   } else {

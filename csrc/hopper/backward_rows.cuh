@@ -19,6 +19,27 @@ struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
   }
 };
 
+struct BackwardMaps {
+  CUtensorMap q, grad_out;  // boxes of a row tile
+  CUtensorMap k, v;         // and of a key tile
+};
+__device__ __forceinline__ void prefetch_maps(const BackwardMaps& maps) {
+  prefetch_map(&maps.q), prefetch_map(&maps.grad_out), prefetch_map(&maps.k), prefetch_map(&maps.v);
+}
+
+// Where the rows of a group do not fill a row tile, some are never loaded into these buffers: zeros there, times the
+// probability 0, stay out of every sum. By all threads of the block.
+template <typename Tiles, typename... Buffers>
+__device__ __forceinline__ void clear_rows_that_are_none(const BackwardArguments& args, Buffers&... buffers) {
+  if (args.rows.tokens.divisor * args.rows.group.divisor == Tiles::kRows) return;
+  const auto clear = [](auto& buffer) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(buffer) / sizeof(int4)); i += Tiles::kThreads)
+      reinterpret_cast<int4*>(&buffer)[i] = {0, 0, 0, 0};
+  };
+  (clear(buffers), ...);
+  proxy_fence();
+}
+
 __device__ __forceinline__ Bounds depths_of_row_tile(const BackwardArguments& args, int row0) {
   const int first = args.rows.first_token(row0), sequence = args.call.sizes.rows;
   return bounds_of(args.call.mask.q_depth_bounds, min(first, sequence - 1),

@@ -72,9 +72,8 @@ struct WideBackwardTiles {
 };
 
 template <typename Tiles>
-__device__ __forceinline__ void produce_wide(const BackwardArguments& args, const CUtensorMap* q_map,
-                                             const CUtensorMap* o_map, const CUtensorMap* k_map,
-                                             const CUtensorMap* v_map, typename Tiles::Smem& smem) {
+__device__ __forceinline__ void produce_wide(const BackwardArguments& args, const BackwardMaps& maps,
+                                             typename Tiles::Smem& smem) {
   constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys;
   const Backward& call = args.call;
   const Sizes& sizes = call.sizes;
@@ -107,7 +106,7 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         barrier_arrive_expect(full, column_bytes * Tiles::kDim + kRows * 4);
 #pragma unroll
         for (int slab = 0; slab < Tiles::kSlabs; ++slab)
-          tma_load(at(smem.q[stage]) + slab * Tiles::kSlab, q_map, full, slab * 64, head, token);
+          tma_load(at(smem.q[stage]) + slab * Tiles::kSlab, &maps.q, full, slab * 64, head, token);
         bulk_load(at(smem.log2_sums[stage]), work.log2_sum + int64_t{row_tile} * kRows, kRows * 4, full);
       }
       if (message >= 0 && first) {
@@ -116,7 +115,7 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         barrier_arrive_expect(full, Tiles::kVBytes);
 #pragma unroll
         for (int slab = 0; slab < Tiles::kValueSlabs; ++slab)
-          tma_load(at(smem.v) + slab * Tiles::kSlab, v_map, full, slab * 64, kv_head, k0);
+          tma_load(at(smem.v) + slab * Tiles::kSlab, &maps.v, full, slab * 64, kv_head, k0);
         values ^= 1;
       }
       if (message >= 0) {
@@ -126,7 +125,7 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         barrier_arrive_expect(full, column_bytes * Tiles::kValueDim + kRows * 4);
 #pragma unroll
         for (int slab = 0; slab < Tiles::kValueSlabs; ++slab)
-          tma_load(at(smem.grad_out[place]) + slab * Tiles::kSlab, o_map, full, slab * 64, head, token);
+          tma_load(at(smem.grad_out[place]) + slab * Tiles::kSlab, &maps.grad_out, full, slab * 64, head, token);
         bulk_load(at(smem.deltas[place]), work.delta + int64_t{row_tile} * kRows, kRows * 4, full);
         ++step;
       }
@@ -140,7 +139,7 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
           barrier_arrive_expect(full, Tiles::kKBytes);
 #pragma unroll
           for (int slab = 0; slab < Tiles::kSlabs; ++slab)
-            tma_load(at(smem.k) + slab * Tiles::kSlab, k_map, full, slab * 64, kv_head, k0);
+            tma_load(at(smem.k) + slab * Tiles::kSlab, &maps.k, full, slab * 64, kv_head, k0);
         }
         item_parity ^= 1;
         first = false;
@@ -303,6 +302,16 @@ __device__ __forceinline__ void store_wide_keys(char* staging, const Tensor3& x,
   }
 }
 
+// Where row tile `step` is in the rings.
+template <typename Tiles>
+struct Places {
+  Ring<Tiles::kQStages> queries;
+  Ring<Tiles::kOStages> grads;
+  Ring<2> scores;
+  Ring<1> tiles;  // P' and the barrier of dS', of one phase a row tile
+  __device__ __forceinline__ explicit Places(unsigned step) : queries{step}, grads{step}, scores{step}, tiles{step} {}
+};
+
 // Consumer 0.
 template <typename Tiles, bool kCapped>
 __device__ __forceinline__ void consume_scores(const BackwardArguments& args, typename Tiles::Smem& smem) {
@@ -327,13 +336,10 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
       for (int e = 0; e < 4; ++e) dv[n][e] = 0.f;
 
     for (int message = item.w ? kLast : 0; !(message & kLast);) {
-      const Ring<Tiles::kQStages> queries{step};
-      const Ring<Tiles::kOStages> grads{step};
-      const Ring<2> scores{step};
-      const Ring<1> tiles{step};
-      const int stage = queries.place(), place = grads.place();
+      const Places<Tiles> at_step(step);
+      const int stage = at_step.queries.place(), place = at_step.grads.place();
       const int lane = recomputed(threadIdx.x) % kWarp;  // what follows from it is not kept through the loop
-      barrier_wait(at(smem.q_full[stage]), queries.parity());
+      barrier_wait(at(smem.q_full[stage]), at_step.queries.parity());
       const int2 row_tile = smem.row_tile[stage];
       message = row_tile.x;
 
@@ -370,14 +376,14 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
       uint32_t p[kRows / 16][4];
       to_operand<T>(p, s);
 
-      barrier_wait(at(smem.o_full[place]), grads.parity());
+      barrier_wait(at(smem.o_full[place]), at_step.grads.parity());
       start_grad<Tiles, kValueDim>(dv, p, at(smem.grad_out[place]));
       columns.send_rest();
       constexpr bool kBeside = Tiles::kDqBeside;
       if (!kBeside) wgmma_wait<0>(), release(smem.o_empty[place]);
-      barrier_wait(at(smem.ds_full), tiles.parity());
+      barrier_wait(at(smem.ds_full), at_step.tiles.parity());
       float dq[Tiles::kFirstDqSlabs * 8][4];
-      columns.start(dq, at(smem.ds[scores.place()]), at(smem.k));
+      columns.start(dq, at(smem.ds[at_step.scores.place()]), at(smem.k));
       if (kBeside) wgmma_wait<1>(), release(smem.o_empty[place]);
       wgmma_wait<0>();
       if (message & kLast) release(smem.k_empty);
@@ -424,19 +430,16 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       for (int e = 0; e < 4; ++e) dk[n][e] = 0.f;
 
     for (int message = item.w ? kLast : 0; !(message & kLast);) {
-      const Ring<Tiles::kQStages> queries{step};
-      const Ring<Tiles::kOStages> grads{step};
-      const Ring<2> scores{step};
-      const Ring<1> tiles{step};
-      const int stage = queries.place(), place = grads.place();
+      const Places<Tiles> at_step(step);
+      const int stage = at_step.queries.place(), place = at_step.grads.place();
       const int lane = recomputed(threadIdx.x) % kWarp;  // what follows from it is not kept through the loop
-      barrier_wait(at(smem.q_full[stage]), queries.parity());
+      barrier_wait(at(smem.q_full[stage]), at_step.queries.parity());
       const int2 row_tile = smem.row_tile[stage];
       message = row_tile.x;
 
       float d[kRows / 8][4];
       barrier_wait(at(smem.v_full), values.parity());
-      barrier_wait(at(smem.o_full[place]), grads.parity());
+      barrier_wait(at(smem.o_full[place]), at_step.grads.parity());
       start_scores<Tiles, Tiles::kValueDim>(d, at(smem.v), at(smem.grad_out[place]));
       float2 deltas[kRows / 8];
 #pragma unroll
@@ -455,7 +458,7 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
           compute_now(d[n][e]);
         }
 
-      barrier_wait(at(smem.p_full[warp]), tiles.parity());
+      barrier_wait(at(smem.p_full[warp]), at_step.tiles.parity());
 #pragma unroll
       for (int n = 0; n < kRows / 8; ++n) {
         const float4 p = smem.p[warp][n * kWarp + lane];
@@ -469,7 +472,7 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       }
       uint32_t w[kRows / 16][4];
       to_operand<T>(w, d);
-      const uint32_t ds = at(smem.ds[scores.place()]);
+      const uint32_t ds = at(smem.ds[at_step.scores.place()]);
       const uint32_t mine = ds + SmemTile<64>::offset(warp * 16 + lane % 16, lane / 16);
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i)
@@ -481,7 +484,7 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       columns.send_rest();
       constexpr bool kBeside = Tiles::kDqBeside;
       if (!kBeside) wgmma_wait<0>(), release(smem.q_empty[stage]);
-      barrier_wait(at(smem.ds_full), tiles.parity());
+      barrier_wait(at(smem.ds_full), at_step.tiles.parity());
       float dq[kDqSlabs * 8][4];
       columns.start(dq, ds, at(smem.k));
       if (kBeside) wgmma_wait<1>(), release(smem.q_empty[stage]);
@@ -508,13 +511,11 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
 
 template <typename Tiles, bool kCapped>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
-    wide_backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ CUtensorMap q_map,
-                         const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
-                         const __grid_constant__ CUtensorMap v_map) {
+    wide_backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& smem = *reinterpret_cast<typename Tiles::Smem*>(raw);
   if (threadIdx.x == 0) {
-    prefetch_map(&q_map), prefetch_map(&o_map), prefetch_map(&k_map), prefetch_map(&v_map);
+    prefetch_maps(maps);
     const auto init = [](uint64_t& barrier, int arrivals) { barrier_init(smem_address(&barrier), arrivals); };
     constexpr int kOne = Tiles::kGroupWarps * kWarpArrivals, kBoth = 2 * kOne;  // warps of one consumer, of both
     init(smem.k_full, 1), init(smem.k_empty, kBoth);
@@ -525,22 +526,14 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     init(smem.ds_full, kOne);
     barrier_init_fence();
   }
-  if (args.rows.tokens.divisor * args.rows.group.divisor < Tiles::kRows) {
-    // Rows that are none are never loaded: zeros there, times the probability 0, stay out of every sum.
-    const auto clear = [](auto& x) {
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(x) / sizeof(int4)); i += Tiles::kThreads)
-        reinterpret_cast<int4*>(&x)[i] = {0, 0, 0, 0};
-    };
-    clear(smem.q), clear(smem.grad_out);
-    proxy_fence();
-  }
+  clear_rows_that_are_none<Tiles>(args, smem.q, smem.grad_out);
   __syncthreads();
   // The same for all lanes, which the compiler cannot tell from threadIdx.x: now it keeps addresses in uniform registers,
   // and consumer 1 does not spill.
   const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / Tiles::kGroupThreads, 0);
   if (role == 0) {
     registers_decrease<Tiles::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_wide<Tiles>(args, &q_map, &o_map, &k_map, &v_map, smem);
+    if (threadIdx.x == 0) produce_wide<Tiles>(args, maps, smem);
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
     if (role == 1) consume_scores<Tiles, kCapped>(args, smem);
