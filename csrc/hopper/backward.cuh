@@ -287,7 +287,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       if (staged == kSent) named_sync(1 + consumer, Tiles::kStagingThreads);
       staged = kFree;
     } else {
-      if (lane == 0) bulk_wait_read<0>();
+      if (lane == 0) bulk_wait_read();
       __syncwarp();
     }
   };
@@ -490,7 +490,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   }
   wait_for_staging();
   if constexpr (kOrdered) release(smem.staging_full[consumer]);  // with the end announced
-  else if (lane == 0) bulk_wait<0>();
+  else if (lane == 0) bulk_wait();
 }
 
 template <typename Tiles, bool kCapped, bool kOrdered>

@@ -122,14 +122,14 @@ __device__ __forceinline__ void add_in_order(const BackwardArguments& args, type
       if (next != announced.x || seen != turn)
         while (load_acquire(added) != turn) {}
       bulk_add(work.grad_q + int64_t{half} * kHalf, smem_address(smem.staging[consumer * Tiles::kGroupReleases]), kHalf * 4);
-      bulk_wait_read<0>();
+      bulk_wait_read();
     }
     __syncwarp();
     named_arrive(1 + consumer, Tiles::kStagingThreads);  // the staging is free
     if (lane == 0) {
       next = upcoming;
       if (next >= 0) seen = load_acquire(work.row_parts + next * 2 + consumer);
-      bulk_wait<0>();
+      bulk_wait();
       store_release(added, turn + 1);
     }
     __syncwarp();

@@ -232,7 +232,7 @@ struct DqColumns {
   }
 
   __device__ __forceinline__ void wait_for_staging() const {
-    if (threadIdx.x % kWarp == 0) bulk_wait_read<0>();
+    if (threadIdx.x % kWarp == 0) bulk_wait_read();
     __syncwarp();
   }
 
@@ -402,7 +402,7 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
     }
   }
   columns.send_rest();
-  if (threadIdx.x % kWarp == 0) bulk_wait<0>();
+  if (threadIdx.x % kWarp == 0) bulk_wait();
 }
 
 // Consumer 1.
@@ -506,7 +506,7 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
     }
   }
   columns.send_rest();
-  if (threadIdx.x % kWarp == 0) bulk_wait<0>();
+  if (threadIdx.x % kWarp == 0) bulk_wait();
 }
 
 template <typename Tiles, bool kCapped>

@@ -97,22 +97,16 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* gmem, int b
 }
 
 // `bytes` (a multiple of 16) of float32 in a row, smem -> added to gmem by the copy engine, and no registers or load/store
-// unit held meanwhile ("Data Movement: cp.reduce.async.bulk"). Then waits until what this thread has sent, except for the
-// last kPending times, was read from smem, or has arrived ("cp.async.bulk.wait_group").
+// unit held meanwhile ("Data Movement: cp.reduce.async.bulk"). Then a wait until what this thread has sent was read from
+// smem, or until it has arrived ("cp.async.bulk.wait_group").
 __device__ __forceinline__ void bulk_add(float* gmem, uint32_t smem, int bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
       "cp.async.bulk.commit_group;\n" ::"l"(gmem), "r"(smem), "r"(bytes)
       : "memory");
 }
-template <int kPending>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
 // 4 bytes gmem -> smem, zero where `valid` is false ("Data Movement: cp.async"); and an arrival once the copies of this
 // thread so far have come ("cp.async.mbarrier.arrive").
