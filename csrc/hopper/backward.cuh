@@ -13,6 +13,15 @@
 // threads would keep their load/store unit busy for a fourth of the time. K of the next item comes while one is computed,
 // V once its last D' is there.
 //
+// dQ is computed one row tile late, across the ends of items. Then a consumer rarely waits for the other: they run
+// about half a row tile apart, and one multiplies while the other has its exponentials. Nobody waits in a circle,
+// because in the order "send row tile t; consumer 0 computes t; consumer 1 computes t; send t + 1; ..." every wait
+// comes after what it waits for: dQ of t - 1 needs dS of t - 1; dS of t a buffer whose dQ was finished with row tile
+// t - 1 or before; row tile t a stage that t - 2 has released; keys the place of those of the item before the last, which
+// are released with the first message of the last item, of which every item has at least one; values those of the
+// last item with row tiles, and they are sent behind the first row tile, which waits for none of these. Cleared sums come
+// from warps that wait for nobody.
+//
 // How sums come in a fixed order is in backward_order.cuh.
 #pragma once
 

@@ -70,7 +70,6 @@ __device__ __forceinline__ int load_acquire(const int* at) {
 __device__ __forceinline__ void store_release(int* at, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }
-
 __device__ __forceinline__ void add_release(int* at, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }

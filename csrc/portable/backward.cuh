@@ -58,7 +58,7 @@ struct Workspace {
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
   int* counters;    // [0] items taken, [1] items, [2] parts of grad_q that some block clears or has cleared; Hopper
-  int* band_items;  // (2 bands + 1) items before those of each band: first the bands that tiles fill, then the others
+  int* band_items;  // (2 bands + 1) where the items of each band end: first of tiles that fill it, then of the others
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
   int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
   int* cleared;     // (kv_heads) parts of grad_q that are clear; Hopper
