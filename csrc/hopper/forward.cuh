@@ -81,6 +81,8 @@ struct ForwardArguments {
   FastDivisor group;
   int tile_tokens;  // tokens of a row tile; tile_tokens * group <= kRows
   int row_tiles;
+  FastDivisor section_heads;  // key/value heads whose items are taken in turn; a divisor of their number
+  FastDivisor section_items;
   int items;     // row tiles of all key/value heads
   int* counter;  // of the items taken after each block's first
   Scaling scaling;
@@ -99,9 +101,10 @@ struct RowTile {
   int kv_head, first_token;
 };
 __device__ __forceinline__ RowTile row_tile_of(const ForwardArguments& args, int item) {
-  // The row tiles of one head stay together, for its K and V to stay in L2; later rows see more keys, so they go first.
-  const int kv_head = item / args.row_tiles;
-  return {kv_head, (args.row_tiles - 1 - (item - kv_head * args.row_tiles)) * args.tile_tokens};
+  // Later rows see more keys, so they go first: those of few heads, whose K and V stay in L2, then those of the next.
+  const int section = args.section_items.divide(item), in_section = item - section * args.section_items.divisor;
+  const int tile = args.section_heads.divide(in_section), head = in_section - tile * args.section_heads.divisor;
+  return {section * args.section_heads.divisor + head, (args.row_tiles - 1 - tile) * args.tile_tokens};
 }
 
 // A place in a ring of kCount slots, and the parity of the barrier phase that its user waits for; one register for both.
@@ -394,8 +397,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
   uint32_t p[kKeyTiles / 2][4];
   Softmax<Tiles> softmax;
-  RowTile rows;
-  int tokens[2];
+  int item, tokens[2];
 
   struct Place {
     int lane, warp_row;  // the first of this warp's 16 rows in the row tile
@@ -431,12 +433,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
                                                     step > 0 || accumulate);
     wgmma_commit();
   };
-  const auto begin_item = [&](int item) {
-    rows = row_tile_of(args, item);
+  const auto begin_item = [&] {
+    item = smem.tiles[stage.slot()].item;
+    const int first_token = row_tile_of(args, item).first_token;
     const auto [lane, warp_row] = place();
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      tokens[h] = min(rows.first_token + args.group.divide(warp_row + h * 8 + lane / 4), sizes.rows - 1);
+      tokens[h] = min(first_token + args.group.divide(warp_row + h * 8 + lane / 4), sizes.rows - 1);
     softmax.clear();
   };
   // Scores to probabilities, in place; whether the sums so far must be corrected.
@@ -456,53 +459,60 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     release(smem.k_empty[stage.slot()]);
     return softmax.update(s, args.scaling.log2_scale, args.slack, correction);
   };
-  // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem.
-  const auto finish_item = [&](int q_buffer) {
+  // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem. Nothing overlaps this,
+  // so it has no branches that differ between threads, and a row's address is computed once.
+  const auto finish_item = [&](int item, const Softmax<Tiles>& softmax, int q_buffer) {
+    const RowTile rows = row_tile_of(args, item);
     const auto [lane, warp_row] = place();
-    const int first_token = rows.first_token, kv_head = rows.kv_head, group = args.group.divisor;
-    const int group_rows = args.tile_tokens * group;
-    char* const staged = Tiles::kStagedInQ ? smem.q[q_buffer] : smem.out;
+    const int group = args.group.divisor;
+    struct Row {
+      int token, head;
+      bool exists;
+    };
+    const auto row_of = [&](int row) {
+      const int in_tile = args.group.divide(row), token = rows.first_token + in_tile;
+      return Row{token, rows.kv_head * group + row - in_tile * group, in_tile < args.tile_tokens && token < sizes.rows};
+    };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = warp_row + h * 8 + lane / 4, in_tile = args.group.divide(row), token = first_token + in_tile;
-      const int head = kv_head * group + row - in_tile * group;
-      const bool valid = row < group_rows && token < sizes.rows, empty = softmax.peak[h] == negative_infinity();
+      const Row row = row_of(warp_row + h * 8 + lane / 4);
+      const bool empty = softmax.peak[h] == negative_infinity();
       float sum = softmax.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float peak = softmax.peak[h] * args.scaling.log2_scale;
       float denominator = sum;
-      if (call.sinks != nullptr && valid && !empty) denominator += exp2_approx(call.sinks[head] * kLog2e - peak);
-      const float inverse = empty ? 0.f : 1.f / denominator;
-      if (lane % 4 == 0 && valid)
-        call.lse[static_cast<int64_t>(head) * sizes.rows + token] = empty ? negative_infinity() : (peak + log2f(sum)) * kLn2;
+      if (call.sinks != nullptr) denominator += exp2_approx(call.sinks[row.exists ? row.head : 0] * kLog2e - peak);
+      const float inverse = empty ? 0.f : __fdividef(1.f, denominator);
+      if (lane % 4 == 0 && row.exists)
+        call.lse[static_cast<int64_t>(row.head) * sizes.rows + row.token] = (peak + __log2f(sum)) * kLn2;  // -inf if empty
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n) o[n][2 * h] *= inverse, o[n][2 * h + 1] *= inverse;
     }
     // If they go to this warp's rows of Q, those have been read: all warps of the consumer have waited for the scores, then
     // taken their turn.
-    const int row = warp_row + lane % 16;
-    T* const out = static_cast<T*>(call.out.data);
+    char* const staged = (Tiles::kStagedInQ ? smem.q[q_buffer] : smem.out) + warp_row * 128;
+    const Row own = row_of(warp_row + lane % 16);
+    T* const to_own = static_cast<T*>(call.out.data) + own.token * call.out.token_stride + own.head * call.out.head_stride;
+    const auto own_address = reinterpret_cast<unsigned long long>(own.exists ? to_own : nullptr);
 #pragma unroll
     for (int first = 0; first < kValueTiles; first += kStagedTiles) {
       constexpr int kChunks = kStagedTiles;  // of 16 bytes a row
 #pragma unroll
       for (int n = 0; n < kStagedTiles && first + n < kValueTiles; n += 2) {
         const float(&low)[4] = o[first + n], (&high)[4] = o[first + n + 1];
-        store_matrix_x4(at(*staged) + n / 8 * Tiles::kQSlab + row * 128 + (((n % 8 + lane / 16) ^ (row & 7)) << 4),
+        store_matrix_x4(at(*staged) + n / 8 * Tiles::kQSlab + lane % 16 * 128 + (((n % 8 + lane / 16) ^ (lane & 7)) << 4),
                         Element<T>::pack(low[0], low[1]), Element<T>::pack(low[2], low[3]),
                         Element<T>::pack(high[0], high[1]), Element<T>::pack(high[2], high[3]));
       }
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 16 * kChunks / kWarp; ++i) {
-        const int index = i * kWarp + lane, chunk = index % kChunks, from = warp_row + index / kChunks;
-        const int in_tile = args.group.divide(from), token = first_token + in_tile;
-        const int head = kv_head * group + from - in_tile * group, column = (first + chunk) * 8;
-        if (from < group_rows && token < sizes.rows && column < sizes.value_dim)
-          *reinterpret_cast<int4*>(out + token * call.out.token_stride + head * call.out.head_stride + column) =
-              *reinterpret_cast<const int4*>(staged + chunk / 8 * Tiles::kQSlab + from * 128 +
-                                             ((chunk % 8 ^ (from & 7)) << 4));
+        const int index = i * kWarp + lane, chunk = index % kChunks, row = index / kChunks, column = (first + chunk) * 8;
+        T* const to = reinterpret_cast<T*>(__shfl_sync(~0u, own_address, row));
+        const int4 values = *reinterpret_cast<const int4*>(staged + chunk / 8 * Tiles::kQSlab + row * 128 +
+                                                           ((chunk % 8 ^ (row & 7)) << 4));
+        if (to != nullptr && column < sizes.value_dim) *reinterpret_cast<int4*>(to + column) = values;
       }
       if (!Tiles::kStagedInQ) __syncwarp();  // the next columns go to the same place
     }
@@ -515,7 +525,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   barrier_wait(at(smem.k_full[stage.slot()]), stage.parity());
   int flags = smem.tiles[stage.slot()].flags;
   if (!(flags & kEnd)) {
-    begin_item(smem.tiles[stage.slot()].item);
+    begin_item();
     barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
     take_turn();
     issue_scores();
@@ -539,7 +549,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           issue_values(value_stage.slot(), accumulate);
           wgmma_wait<0>();
           named_sync(1 + Tiles::kConsumers + consumer, Tiles::kGroupThreads);  // in place of a turn, see finish_item
-          finish_item(q_buffer);
+          finish_item(item, softmax, q_buffer);
           break;
         }
         barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
@@ -551,25 +561,22 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       pass_turn();
       wgmma_wait<1>();
       release_q(flags);
-      if (last) {
+      // The scores may be the first of the next item, while the last values of this one are added up.
+      const int item_before = item;
+      const Softmax<Tiles> softmax_before = softmax;
+      if (last) begin_item();
+      const bool correct = to_probabilities(flags);
+      compute_now(softmax.sum[0]), compute_now(softmax.sum[1]);
+      if (correct && !last) {
         wgmma_wait<0>();
-        release(smem.v_empty[value_stage.slot()]);
-        finish_item(q_buffer);
-        begin_item(smem.tiles[stage.slot()].item);
-        to_probabilities(flags);
-      } else {
-        const bool correct = to_probabilities(flags);
-        compute_now(softmax.sum[0]), compute_now(softmax.sum[1]);
-        if (correct) {
-          wgmma_wait<0>();
 #pragma unroll
-          for (int n = 0; n < kValueTiles; ++n)
+        for (int n = 0; n < kValueTiles; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
-        }
-        wgmma_wait<0>();  // behind a branch, across which ptxas moves no softmax
-        release(smem.v_empty[value_stage.slot()]);
+          for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
       }
+      wgmma_wait<0>();  // behind a branch, across which ptxas moves no softmax
+      release(smem.v_empty[value_stage.slot()]);
+      if (last) finish_item(item_before, softmax_before, q_buffer);
       accumulate = !last;
       value_stage.advance();
       to_operand<T>(p, s);
