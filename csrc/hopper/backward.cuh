@@ -99,7 +99,7 @@ __device__ __forceinline__ void clear_sums(const BackwardArguments& args) {
   const int lane = threadIdx.x % kWarp, parts = work.padded_rows / kClearedRows;
   for (;;) {
     int part = 0;
-    if (lane == 0) part = parts + atomicAdd(work.counters + 2, 1);
+    if (lane == 0) part = parts + atomicAdd(work.counters + 3, 1);
     part = __shfl_sync(~0u, part, 0);
     if (part >= parts * args.call.sizes.kv_heads) return;
     constexpr int kVectors = kClearedRows * Tiles::kDim / 4;
@@ -176,12 +176,12 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
   const auto take = [&] { return atomicAdd(work.counters, 1); };
   int next = kOrdered ? 0 : take();
   for (bool ends = false; !ends; ++slots.steps) {
-    const int taken = kOrdered ? take() : next, items = work.counters[1], slot = slots.place();
-    ends = taken / items >= sizes.kv_heads;
-    const int kv_head = kOrdered ? taken % sizes.kv_heads : taken / items;
-    const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : taken - kv_head * items;
+    const int taken = kOrdered ? take() : next, slot = slots.place();
+    const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : 0;
+    const auto [exists, kv_head, item] =
+        kOrdered ? item_in_order(args, taken, place) : portable::item_taken(work, sizes, taken);
+    ends = !exists;
     if (!ends && kv_head != smem.item[slot ^ 1].y) wait_for_clear_sums(args, kv_head);  // another than of the last item
-    const int4 item = ends ? int4{0, 0, 0, 0} : work.items[place];
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
     k0 = tile * kKeys, values_due = true;
@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
   portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
   if (block == 0) {
     if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;
-    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[2] = 0;
+    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[3] = 0;
     for (int i = threadIdx.x; i < 2 * row_tiles; i += blockDim.x)
       args.work.row_parts[int64_t{2} * kv_head * row_tiles + i] = 0;
   }

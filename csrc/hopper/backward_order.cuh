@@ -18,6 +18,13 @@ __device__ __forceinline__ int place_in_order(const BackwardArguments& args, int
   return taken < filling ? taken : filling + items - 1 - taken;
 }
 
+// And the item: blocks take those of the heads in turn.
+__device__ __forceinline__ portable::HeadItem item_in_order(const BackwardArguments& args, int taken, int place) {
+  const int kv_heads = args.call.sizes.kv_heads;
+  if (taken / kv_heads >= args.work.counters[1]) return {false, 0, {}};
+  return {true, taken % kv_heads, args.work.items[place]};
+}
+
 // What has been added to dK and dV of a key tile, in warps; and a wait until the tile's items before this one have been.
 template <typename Tiles>
 __device__ __forceinline__ int* key_parts_of(const BackwardArguments& args, int kv_head, int tile) {

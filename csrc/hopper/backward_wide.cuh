@@ -83,11 +83,12 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
   unsigned step = 0;                // row tiles sent
   int item_parity = 0, values = 0;  // of the items, and of those with rows
 
+  const auto take = [&] { return atomicAdd(work.counters, 1); };
+  int next = take();
   for (bool ends = false; !ends;) {
-    const int taken = atomicAdd(work.counters, 1), items = work.counters[1], kv_head = taken / items;
-    ends = kv_head >= sizes.kv_heads;
-    const int4 item = ends ? int4{-1, 0, 0, 0} : work.items[taken - kv_head * items];
-    const int tile = item.x, k0 = max(tile, 0) * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
+    const auto [exists, kv_head, item] = portable::item_taken(work, sizes, next);
+    ends = !exists;
+    const int tile = ends ? -1 : item.x, k0 = max(tile, 0) * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     bool first = true;
 
     // A fresh barrier counts as one whose phase before is over, so all places are free at first. `message` is -1 for an
@@ -153,6 +154,8 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
     int row0 = item.y + (row_tiles > 0 ? tile % row_tiles * kRows : 0);
     int held = -1;  // the message before goes out when it is known whether it is the last
     for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
+      // The next item is taken late, to leave it to others for as long as possible, and yet before it is needed.
+      if (left == min(row_tiles, 2)) next = take();
       bool full = row0 >= full_from && row0 + kRows <= full_to;
       if (left > 0 && call.mask.window) {
         const Bounds depth = depths_of_row_tile(args, row0);

@@ -395,6 +395,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   Cursor<Tiles::kStages> stage(kConsumer), value_stage(kConsumer);  // of keys, and of the values of the tile before
   Cursor<Tiles::kQBuffers> buffer(kConsumer);  // of the tile whose scores are computed next
   float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
+#if __CUDACC_VER_MAJOR__ < 13
+  // ptxas 12 puts products one after the other (C7515) where nothing defines the sums at first; ptxas 13 does not ask for it.
+  for (auto& values : o) values[0] = values[1] = values[2] = values[3] = 0.f;
+#endif
   uint32_t p[kKeyTiles / 2][4];
   Softmax<Tiles> softmax;
   int item, tokens[2];

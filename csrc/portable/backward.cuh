@@ -57,10 +57,13 @@ struct Workspace {
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
-  int* counters;    // [0] items taken, [1] items, [2] parts of grad_q that some block clears or has cleared; Hopper
+  int* counters;    // [0] items taken, [1] items a head, [2] how many of the last heads take turns with them; and for
+                    // Hopper [3] parts of grad_q that some block clears or has cleared
   int* band_items;  // (2 bands + 1) where the items of each band end: first of tiles that fill it, then of the others
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
   int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
+  int4* items_by_band;  // the same, band by band
+  int4* items_by_size;  // the same, the longest first
   int* cleared;     // (kv_heads) parts of grad_q that are clear; Hopper
   int* row_parts;   // (kv_heads, row tiles, 2) products that were added to a half of dQ so far; Hopper
   int* key_parts;   // (kv_heads, key tiles) warps that have added their dK and dV so far; Hopper
@@ -85,7 +88,7 @@ struct Workspace {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
       bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 255) / 256 * 256;
     };
-    take(counters, 3);
+    take(counters, 4);
     take(log2_sum, s.kv_heads * int64_t{padded_rows});
     take(delta, s.kv_heads * int64_t{padded_rows});
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
@@ -95,6 +98,8 @@ struct Workspace {
     take(row_parts, row_tile ? int64_t{2} * s.kv_heads * padded_rows / row_tile : 0);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
     take(items, max_items);
+    take(items_by_band, max_items);
+    take(items_by_size, max_items);
     take(key_parts, row_tile ? s.kv_heads * tiles : 0);
   }
 };
@@ -264,6 +269,63 @@ __device__ __forceinline__ bool in_several_bands(int2 rows) {
   return rows.y > rows.x && rows.x / kBandRows != (rows.y - 1) / kBandRows;
 }
 
+// An item of a key/value head; none (`exists`) past the last.
+struct HeadItem {
+  bool exists;
+  int kv_head;
+  int4 item;
+};
+
+// What the block computes that took number `taken` of all. Heads come one after the other, their items band by band, whose
+// rows stay in L2 meanwhile. The last heads take turns, and their long items go first, so that all blocks end together.
+__device__ __forceinline__ HeadItem item_taken(const Workspace& work, const Sizes& sizes, int taken) {
+  const int items = work.counters[1], in_turns = work.counters[2];
+  const int before = (sizes.kv_heads - in_turns) * items, turn = (taken - before) / in_turns;
+  if (taken < before) return {true, taken / items, work.items_by_band[taken % items]};
+  if (turn >= items) return {false, sizes.kv_heads, {}};
+  return {true, sizes.kv_heads - in_turns + (taken - before) % in_turns, work.items_by_size[turn]};
+}
+
+// So many heads take turns that each block has a few of their items, as far as what they read and add to stays in L2.
+__device__ __forceinline__ int heads_in_turns(const Sizes& sizes, int64_t rows, int items) {
+  constexpr int64_t kItems = 512, kBytes = 48 << 20;
+  const int64_t row_bytes = 6 * sizes.head_dim + 2 * sizes.value_dim;  // Q, dO and the float32 sums of dQ
+  const int64_t heads = min((kItems + items - 1) / max(items, 1), kBytes / max(rows * row_bytes, int64_t{1}));
+  return static_cast<int>(min(max(heads, int64_t{1}), int64_t{sizes.kv_heads}));
+}
+
+// One warp: copies the list of items in descending order of their size, to 1 / 64 of a band.
+__device__ __forceinline__ void sort_items(const Workspace& work, int count) {
+  constexpr int kSizes = 64;
+  __shared__ int ends[kSizes + 1];  // of the places of each size, the longest first; the last is for lanes without an item
+  const int lane = threadIdx.x % kWarp, longest = work.bands == 1 ? work.padded_rows : kBandRows;
+  // visit(item, its place among those of its size): of all items, in the order of the list.
+  const auto each = [&](auto&& visit) {
+    for (int first = 0; first < count; first += kWarp) {
+      const int4 item = work.items[min(first + lane, count - 1)];
+      const int rows = max(item.z - item.y, 1), length = static_cast<int>((rows - 1) * int64_t{kSizes} / longest);
+      const int size = first + lane < count ? kSizes - 1 - length : kSizes;
+      const uint32_t same = __match_any_sync(~0u, size), before = same & ((1u << lane) - 1);
+      const int place = ends[size] + __popc(before);
+      __syncwarp();
+      if (before == 0) ends[size] += __popc(same);
+      __syncwarp();
+      if (first + lane < count) visit(item, place);
+    }
+  };
+  for (int i = lane; i <= kSizes; i += kWarp) ends[i] = 0;
+  __syncwarp();
+  each([](int4, int) {});
+  if (lane == 0)
+    for (int i = 0, sum = 0; i <= kSizes; ++i) {
+      const int number = ends[i];
+      ends[i] = sum;
+      sum += number;
+    }
+  __syncwarp();
+  each([&](int4 item, int place) { work.items_by_size[place] = item; });
+}
+
 // One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
 // of bands and of key tiles, so it does not change from run to run.
 template <typename Tiles, typename Rows>
@@ -310,6 +372,7 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
     }
     work.counters[0] = 0;
     work.counters[1] = sum;
+    work.counters[2] = heads_in_turns(sizes, work.padded_rows, sum);
   }
   __syncthreads();
   each([&](int band, int tile0, int first, int end, bool item, bool whole, int2 rows) {
@@ -321,6 +384,18 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
     if (lane == 0) work.band_items[band] += __popc(wholes), work.band_items[work.bands + band] += __popc(parts);
     __syncwarp();
   });
+  __syncthreads();
+
+  const int* const ends = work.band_items;  // now of each band, whole items and parts
+  const int whole = ends[work.bands - 1], count = ends[2 * work.bands - 1];
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int4 item = work.items[i];
+    const int band = work.bands == 1 || item.z == item.y ? 0 : item.y / kBandRows;  // one without rows is in the first
+    // Before it come the parts of earlier bands, or the wholes of later bands do not.
+    const int parts_before = band == 0 ? 0 : ends[work.bands + band - 1] - whole;
+    work.items_by_band[i < whole ? i + parts_before : i - whole + ends[band]] = item;
+  }
+  if (warp == 0) sort_items(work, count);
 }
 
 // The float32 sums of dK and dV of a key tile in several bands begin with zeros.
@@ -425,9 +500,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
     __syncthreads();  // the item before is finished with shared memory
     if (threadIdx.x == 0) taken = atomicAdd(work.counters, 1);
     __syncthreads();
-    const int items = work.counters[1], kv_head = taken / items;
-    if (kv_head >= sizes.kv_heads) return;
-    const int4 item = work.items[taken - kv_head * items];
+    const auto [exists, kv_head, item] = item_taken(work, sizes, taken);
+    if (!exists) return;
     const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const bool several = item.w;
     // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
