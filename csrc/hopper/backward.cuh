@@ -99,7 +99,7 @@ __device__ __forceinline__ void clear_sums(const BackwardArguments& args) {
   const int lane = threadIdx.x % kWarp, parts = work.padded_rows / kClearedRows;
   for (;;) {
     int part = 0;
-    if (lane == 0) part = parts + atomicAdd(work.counters + 3, 1);
+    if (lane == 0) part = parts + atomicAdd(work.counters + 4, 1);
     part = __shfl_sync(~0u, part, 0);
     if (part >= parts * args.call.sizes.kv_heads) return;
     constexpr int kVectors = kClearedRows * Tiles::kDim / 4;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
   int next = kOrdered ? 0 : take();
   for (bool ends = false; !ends; ++slots.steps) {
     const int taken = kOrdered ? take() : next, slot = slots.place();
-    const int place = kOrdered ? place_in_order(args, taken / sizes.kv_heads) : 0;
+    int place = 0;
     const auto [exists, kv_head, item] =
         kOrdered ? item_in_order(args, taken, place) : portable::item_taken(work, sizes, taken);
     ends = !exists;
@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
   portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
   if (block == 0) {
     if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;
-    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[3] = 0;
+    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[4] = 0;
     for (int i = threadIdx.x; i < 2 * row_tiles; i += blockDim.x)
       args.work.row_parts[int64_t{2} * kv_head * row_tiles + i] = 0;
   }
@@ -586,7 +586,7 @@ __device__ __forceinline__ void finish_rows(const BackwardArguments& args, char*
 // dK and dV of a key tile in several bands.
 template <typename Tiles>
 __device__ __forceinline__ void finish_keys(const BackwardArguments& args, char* staging, int tile, int kv_head) {
-  if (!portable::in_several_bands(args.work.tile_rows[tile])) return;
+  if (portable::bands_of(args.work.tile_rows[tile], args.work.counters[3]) < 2) return;
   const Sizes& sizes = args.call.sizes;
   const int warp = threadIdx.x / kWarp;
   const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);

@@ -3,7 +3,7 @@
 // An adder waits until the items before its own have been added to the row tile, and the producer, before it sends the last
 // row tile, until dK and dV of the tile's items before have been added. Both wait for items alone that were taken before, so
 // the first of those that are not finished waits for nobody. Rows come in ascending order and tiles that begin in a band in
-// descending order, so that items reach a row tile about in the order of the sums; and blocks take items of the heads in
+// descending order, so that items reach a row tile about in the order of the sums; and blocks take items of some heads in
 // turn, because those of one head follow each other through a band.
 #pragma once
 
@@ -11,18 +11,18 @@
 
 namespace tree_attn::hopper {
 
-// Items of the list: first those that fill a band, then the others, both band by band. In fixed order the others are taken
-// from the last on; this maps the how-manieth that is taken to its place in the list, and back.
-__device__ __forceinline__ int place_in_order(const BackwardArguments& args, int taken) {
-  const int filling = args.work.band_items[args.work.bands - 1], items = args.work.counters[1];
-  return taken < filling ? taken : filling + items - 1 - taken;
-}
-
-// And the item: blocks take those of the heads in turn.
-__device__ __forceinline__ portable::HeadItem item_in_order(const BackwardArguments& args, int taken, int place) {
-  const int kv_heads = args.call.sizes.kv_heads;
-  if (taken / kv_heads >= args.work.counters[1]) return {false, 0, {}};
-  return {true, taken % kv_heads, args.work.items[place]};
+// The item that was taken as number `taken` of all, and its place in the list. The list has first the items that fill a band,
+// then the others, both band by band; the others are taken from the last on. Heads take turns, a few at a time, whose sums
+// stay in L2.
+__device__ __forceinline__ portable::HeadItem item_in_order(const BackwardArguments& args, int taken, int& place) {
+  constexpr int kHeads = 4;
+  const Workspace& work = args.work;
+  const int kv_heads = args.call.sizes.kv_heads, items = work.counters[1], filling = work.band_items[work.bands - 1];
+  const int first_head = taken / (kHeads * items) * kHeads, heads = min(kHeads, kv_heads - first_head);
+  if (taken >= kv_heads * items) return {false, 0, {}};
+  const int turn = taken - first_head * items, i = turn / heads;
+  place = i < filling ? i : filling + items - 1 - i;
+  return {true, first_head + turn % heads, work.items[place]};
 }
 
 // What has been added to dK and dV of a key tile, in warps; and a wait until the tile's items before this one have been.

@@ -9,7 +9,9 @@ namespace tree_attn::hopper {
 
 struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
   BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile, int row_tile)
-      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile) {}
+      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile) {
+    fixed_order = call.deterministic;
+  }
 
  private:
   // To the portable code `deterministic` means a kernel of its own for dQ.

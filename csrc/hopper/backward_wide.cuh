@@ -570,7 +570,7 @@ __global__ void __launch_bounds__(kFinishThreads)
                                                                           kv_head, sizes.head_dim);
   } else {  // of a key tile in several bands: dK by the first four warps, dV by the others
     const int tile = blockIdx.x - row_tiles, key = tile * Tiles::kKeys + warp * 16;
-    if (!portable::in_several_bands(args.work.tile_rows[tile])) return;
+    if (portable::bands_of(args.work.tile_rows[tile], args.work.counters[3]) < 2) return;
     const float* const sums = wide_grad_kv_of<Tiles>(args, kv_head, tile);
     char* const own = staging + threadIdx.x / kWarp * 4096;
     const auto finish = [&](Tensor3 x, const float* own_sums, int slabs, int cols, float scale) {

@@ -49,6 +49,7 @@ struct BackwardTiles {
 
 constexpr int kSmallestKeys = 32;  // keys a tile has at least
 constexpr int kBandRows = 4096;  // packed rows; a multiple of every kRows
+constexpr int kShortBandRows = 2048;  // where few key tiles see a band, so that blocks work on many at once
 
 // The workspace of one call, cut into arrays. Rows are packed and padded to kRowPadding, keys to kKeyPadding.
 struct Workspace {
@@ -57,9 +58,9 @@ struct Workspace {
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
   float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
-  int* counters;    // [0] items taken, [1] items a head, [2] how many of the last heads take turns with them; and for
-                    // Hopper [3] parts of grad_q that some block clears or has cleared
-  int* band_items;  // (2 bands + 1) where the items of each band end: first of tiles that fill it, then of the others
+  int* counters;    // [0] items taken, [1] items a head, [2] how many of the last heads take turns with them, [3] rows of a
+                    // band; Hopper: [4] parts of grad_q that some block clears or has cleared
+  int* band_items;  // (2, bands) where the items of each band end: first of tiles that fill it, then of the others
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
   int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
   int4* items_by_band;  // the same, band by band
@@ -68,7 +69,7 @@ struct Workspace {
   int* row_parts;   // (kv_heads, row tiles, 2) products that were added to a half of dQ so far; Hopper
   int* key_parts;   // (kv_heads, key tiles) warps that have added their dK and dV so far; Hopper
   int padded_rows;
-  int bands;
+  int bands;      // of kBandRows
   int max_items;
   int64_t bytes;
 
@@ -82,18 +83,19 @@ struct Workspace {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
     bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
-    max_items = static_cast<int>(tiles * bands);
+    const int64_t max_bands = deterministic ? 1 : (rows + kShortBandRows - 1) / kShortBandRows;
+    max_items = static_cast<int>(tiles * max_bands);
     bytes = 0;
     auto take = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
       bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 255) / 256 * 256;
     };
-    take(counters, 4);
+    take(counters, 5);
     take(log2_sum, s.kv_heads * int64_t{padded_rows});
     take(delta, s.kv_heads * int64_t{padded_rows});
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
     take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys(s) * (dim + value_dim));
-    take(band_items, 2 * bands + 1);
+    take(band_items, 2 * max_bands);
     take(cleared, row_tile ? s.kv_heads : 0);
     take(row_parts, row_tile ? int64_t{2} * s.kv_heads * padded_rows / row_tile : 0);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
@@ -111,6 +113,7 @@ struct BackwardArgumentsOf {
   Rows rows;
   Scaling scaling;
   Workspace work;
+  bool fixed_order = false;  // of all sums, by the kernel that computes the products
 
   BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile, int row_tile = 0)
       : call(call),
@@ -264,9 +267,9 @@ __device__ __forceinline__ int2 rows_of_tile(const BackwardArgumentsOf<Rows>& ar
   return {low, args.rows.first_row(min(keys.end.high, args.call.sizes.rows))};
 }
 
-// Do the rows of a tile touch more than one band? (In deterministic calls there is one band, of all rows.)
-__device__ __forceinline__ bool in_several_bands(int2 rows) {
-  return rows.y > rows.x && rows.x / kBandRows != (rows.y - 1) / kBandRows;
+// How many bands the rows of a tile touch.
+__device__ __forceinline__ int bands_of(int2 rows, int band_rows) {
+  return rows.y > rows.x ? (rows.y - 1) / band_rows - rows.x / band_rows + 1 : 0;
 }
 
 // An item of a key/value head; none (`exists`) past the last.
@@ -294,11 +297,11 @@ __device__ __forceinline__ int heads_in_turns(const Sizes& sizes, int64_t rows, 
   return static_cast<int>(min(max(heads, int64_t{1}), int64_t{sizes.kv_heads}));
 }
 
-// One warp: copies the list of items in descending order of their size, to 1 / 64 of a band.
-__device__ __forceinline__ void sort_items(const Workspace& work, int count) {
+// One warp: copies the list of items in descending order of their size, to 1 / 64 of the longest, in rows.
+__device__ __forceinline__ void sort_items(const Workspace& work, int count, int longest) {
   constexpr int kSizes = 64;
   __shared__ int ends[kSizes + 1];  // of the places of each size, the longest first; the last is for lanes without an item
-  const int lane = threadIdx.x % kWarp, longest = work.bands == 1 ? work.padded_rows : kBandRows;
+  const int lane = threadIdx.x % kWarp;
   // visit(item, its place among those of its size): of all items, in the order of the list.
   const auto each = [&](auto&& visit) {
     for (int first = 0; first < count; first += kWarp) {
@@ -326,6 +329,25 @@ __device__ __forceinline__ void sort_items(const Workspace& work, int count) {
   each([&](int4 item, int place) { work.items_by_size[place] = item; });
 }
 
+// One block: how many rows a band has. Blocks compute the items of one band after another at the same time, and what they
+// read and add to should stay in L2; but each item costs a start and an end, and longer bands make fewer of them.
+template <typename Rows>
+__device__ __forceinline__ int choose_band_rows(const BackwardArgumentsOf<Rows>& args, int tiles) {
+  constexpr int kFewItems = 16;  // in a band
+  const Workspace& work = args.work;
+  if (args.call.deterministic) return 0x7fffffff;
+  if (args.fixed_order) return kBandRows;
+  __shared__ int items;
+  if (threadIdx.x == 0) items = 0;
+  __syncthreads();
+  int own = 0;
+  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) own += bands_of(work.tile_rows[tile], kBandRows);
+  own = __reduce_add_sync(~0u, own);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&items, own);
+  __syncthreads();
+  return items < kFewItems * work.bands ? kShortBandRows : kBandRows;
+}
+
 // One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
 // of bands and of key tiles, so it does not change from run to run.
 template <typename Tiles, typename Rows>
@@ -340,12 +362,12 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
         rows_of_tile(args, KeySpan::load<Tiles::kKeys>(args.call.mask, k0, sizes.keys), Tiles::kRows);
   }
   __syncthreads();
+  const int band_rows = choose_band_rows(args, tiles), bands = (args.rows.count - 1) / band_rows + 1;
 
   // visit(band, tile, first, end, is an item, fills the band) for all tiles, one warp a band, lanes side by side on tiles.
   const auto each = [&](auto&& visit) {
-    for (int band = warp; band < work.bands; band += warps) {
-      const int low = work.bands == 1 ? 0 : band * kBandRows;
-      const int high = work.bands == 1 ? 0x7fffffff : low + kBandRows;
+    for (int band = warp; band < bands; band += warps) {
+      const int low = band * band_rows, high = low + band_rows;
       for (int tile0 = 0; tile0 < tiles; tile0 += kWarp) {
         const int2 rows = tile0 + lane < tiles ? work.tile_rows[tile0 + lane] : int2{0, 0};
         const int first = max(rows.x, low), end = min(rows.y, high);
@@ -357,45 +379,44 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
     __syncthreads();
   };
 
-  for (int i = threadIdx.x; i <= 2 * work.bands; i += blockDim.x) work.band_items[i] = 0;
+  int* const ends = work.band_items;
+  for (int i = threadIdx.x; i < 2 * bands; i += blockDim.x) ends[i] = 0;
   __syncthreads();
   each([&](int band, int, int, int, bool item, bool whole, int2) {
     const int wholes = __popc(__ballot_sync(~0u, item && whole)), parts = __popc(__ballot_sync(~0u, item && !whole));
-    if (lane == 0) work.band_items[band] += wholes, work.band_items[work.bands + band] += parts;
+    if (lane == 0) ends[band] += wholes, ends[bands + band] += parts;
   });
   if (threadIdx.x == 0) {
     int sum = 0;
-    for (int i = 0; i <= 2 * work.bands; ++i) {
-      const int count = work.band_items[i];
-      work.band_items[i] = sum;
+    for (int i = 0; i < 2 * bands; ++i) {
+      const int count = ends[i];
+      ends[i] = sum;
       sum += count;
     }
     work.counters[0] = 0;
     work.counters[1] = sum;
     work.counters[2] = heads_in_turns(sizes, work.padded_rows, sum);
+    work.counters[3] = band_rows;
   }
   __syncthreads();
   each([&](int band, int tile0, int first, int end, bool item, bool whole, int2 rows) {
     const uint32_t wholes = __ballot_sync(~0u, item && whole), parts = __ballot_sync(~0u, item && !whole);
-    int* const cursor = &work.band_items[band + (whole ? 0 : work.bands)];
+    int* const cursor = &ends[band + (whole ? 0 : bands)];
     const int at = *cursor + __popc((whole ? wholes : parts) & ((1u << lane) - 1));
-    if (item) work.items[at] = {tile0 + lane, first, max(first, end), work.bands > 1 && in_several_bands(rows)};
+    if (item) work.items[at] = {tile0 + lane, first, max(first, end), bands_of(rows, band_rows) > 1};
     __syncwarp();
-    if (lane == 0) work.band_items[band] += __popc(wholes), work.band_items[work.bands + band] += __popc(parts);
+    if (lane == 0) ends[band] += __popc(wholes), ends[bands + band] += __popc(parts);
     __syncwarp();
   });
-  __syncthreads();
 
-  const int* const ends = work.band_items;  // now of each band, whole items and parts
-  const int whole = ends[work.bands - 1], count = ends[2 * work.bands - 1];
+  const int whole = ends[bands - 1], count = ends[2 * bands - 1];
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int4 item = work.items[i];
-    const int band = work.bands == 1 || item.z == item.y ? 0 : item.y / kBandRows;  // one without rows is in the first
-    // Before it come the parts of earlier bands, or the wholes of later bands do not.
-    const int parts_before = band == 0 ? 0 : ends[work.bands + band - 1] - whole;
+    const int band = item.z > item.y ? item.y / band_rows : 0;  // one without rows is in the first
+    const int parts_before = band == 0 ? 0 : ends[bands + band - 1] - whole;
     work.items_by_band[i < whole ? i + parts_before : i - whole + ends[band]] = item;
   }
-  if (warp == 0) sort_items(work, count);
+  if (warp == 0) sort_items(work, count, min(band_rows, work.padded_rows));
 }
 
 // The float32 sums of dK and dV of a key tile in several bands begin with zeros.
@@ -403,7 +424,7 @@ template <typename Tiles, typename Rows>
 __device__ __forceinline__ void clear_tile(const BackwardArgumentsOf<Rows>& args, int tile, int kv_head) {
   const Sizes& sizes = args.call.sizes;
   const KeySpan keys = KeySpan::load<Tiles::kKeys>(args.call.mask, tile * Tiles::kKeys, sizes.keys);
-  if (!in_several_bands(rows_of_tile(args, keys, Tiles::kRows))) return;
+  if (bands_of(rows_of_tile(args, keys, Tiles::kRows), kShortBandRows) < 2) return;  // or even only if bands are short
   constexpr int kWidth = Tiles::kDim + Tiles::kValueDim;
   const int64_t key = kv_head * Workspace::padded_keys(sizes) + int64_t{tile} * Tiles::kKeys;
   float4* const sums = reinterpret_cast<float4*>(args.work.grad_kv + key * kWidth);
@@ -680,7 +701,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) finish_q_kernel(const __grid_
 template <typename Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads) finish_tiles_kernel(const __grid_constant__ BackwardArguments args) {
   const int tile = blockIdx.x, kv_head = blockIdx.y;
-  if (!in_several_bands(args.work.tile_rows[tile])) return;
+  if (bands_of(args.work.tile_rows[tile], args.work.counters[3]) < 2) return;
   extern __shared__ __align__(1024) char smem[];
   const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile);
   float dk[Tiles::kKeyTiles][Tiles::kDkTiles][4], dv[Tiles::kKeyTiles][Tiles::kDvTiles][4];
