@@ -22,8 +22,8 @@ constexpr ForwardShape forward_shape(int dim, int value_dim) {
                             : ForwardShape{64, 1, 2};
 }
 
-// How many key/value heads take turns, a divisor of their number: as many as have their K and V in a third of L2. With less
-// than all of them, the longest row tiles of the last would begin when others are done.
+// How many key/value heads take turns, a divisor of their number: as many as have their K and V in a third of L2. One at a
+// time, short sequences would end with the longest row tiles of the last head, begun when other blocks have nothing left.
 inline int section_heads(const Sizes& s) {
   constexpr int64_t kBytes = 16 << 20;
   int heads = s.kv_heads;
@@ -40,7 +40,8 @@ cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
   const int row_tiles = (s.rows + tile_tokens - 1) / tile_tokens, heads = section_heads(s);
   const Scaling scaling(call.scale, call.softcap);
   const ForwardArguments args{call, FastDivisor(group), tile_tokens, row_tiles, FastDivisor(heads),
-                              FastDivisor(row_tiles * heads), row_tiles * s.kv_heads, call.scratch, scaling, 8.f / scaling.log2_scale};
+                              FastDivisor(row_tiles * heads), row_tiles * s.kv_heads, call.scratch, scaling,
+                              8.f / scaling.log2_scale};
 
   ForwardMaps maps;
   if (!make_map<T>(&maps.q, call.q, s.rows, s.heads, s.head_dim, group, tile_tokens) ||

@@ -82,8 +82,8 @@ struct ForwardArguments {
   int tile_tokens;  // tokens of a row tile; tile_tokens * group <= kRows
   int row_tiles;
   FastDivisor section_heads;  // key/value heads whose items are taken in turn; a divisor of their number
-  FastDivisor section_items;
-  int items;     // row tiles of all key/value heads
+  FastDivisor section_items;  // and how many items these have
+  int items;                  // row tiles of all key/value heads
   int* counter;  // of the items taken after each block's first
   Scaling scaling;
   float slack;  // of scores: what makes 8 of their base-2 logarithms

@@ -9,9 +9,10 @@
 // registers (contiguous for a warp), and converted at the end.
 //
 // A key tile's rows are one contiguous range of very different length (a shared prompt: all rows; a leaf: its own), so
-// the rows are cut into bands of kBandRows, and an item of work is one key tile against one band. Blocks take items from a
-// counter, band by band: those that run side by side then read the same Q and dO and add to the same dQ, which stays in
-// L2. Tiles that reach into several bands add up dK and dV in float32 like dQ.
+// the rows are cut into bands, and an item of work is one key tile against one band. Blocks take items from a counter,
+// band by band: those that run side by side then read the same Q and dO and add to the same dQ, which stays in L2. In the
+// end long items come first, so that all blocks end together. Tiles that reach into several bands add up dK and dV in
+// float32 like dQ.
 #pragma once
 
 #include "../shared_memory.h"
