@@ -127,14 +127,14 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
   if (!supported(sizes)) return 0;
   const int64_t portable_bytes = with_class(sizes, [&](auto dim, auto value_dim) {
     return portable::Workspace(nullptr, sizes, portable::PackedRows(sizes).count, deterministic, dim(), value_dim(),
-                               portable::kSmallestKeys, 0).bytes;
+                               portable::smallest_keys(dim()), 0).bytes;
   });
 #if TREE_ATTN_HOPPER
   if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
     return std::max(portable_bytes, with_hopper_backward(sizes, [&](auto dim, auto value_dim) {
       const int row_tile = hopper::row_tile(dim());
       return portable::Workspace(nullptr, sizes, hopper::TiledRows(sizes, row_tile).count, false, dim(), value_dim(),
-                                 portable::kSmallestKeys, row_tile).bytes;
+                                 portable::smallest_keys(dim()), row_tile).bytes;
     }));
   }
 #endif

@@ -20,6 +20,7 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   constexpr bool kWide = kDim > kMaxOrderedDim;
   static_assert(kWide || kDim == kValueDim);
   using Tiles = std::conditional_t<kWide, WideBackwardTiles<T, kDim, kValueDim>, BackwardTiles<T, kDim>>;
+  static_assert(Tiles::kKeys >= portable::smallest_keys(kDim), "the workspace is sized for so many");
   const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys, Tiles::kRows);
   const Sizes& s = call.sizes;
   const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;

@@ -1,4 +1,4 @@
-// What the backward kernels on Hopper share: arguments, rings, and the element mask of transposed scores (keys x rows).
+// What the backward kernels on Hopper share: arguments, and the element mask of transposed scores (keys x rows).
 #pragma once
 
 #include "../portable/backward.cuh"
@@ -22,14 +22,6 @@ struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
 };
 
 using portable::Workspace;
-
-// Where one is in a ring of kCount places: at which, and the parity of the phase of its barriers.
-template <int kCount>
-struct Ring {
-  unsigned steps = 0;
-  __device__ __forceinline__ int place() const { return steps % kCount; }
-  __device__ __forceinline__ int parity() const { return steps / kCount & 1; }
-};
 
 struct BackwardMaps {
   CUtensorMap q, grad_out;  // boxes of a row tile

@@ -107,24 +107,12 @@ __device__ __forceinline__ RowTile row_tile_of(const ForwardArguments& args, int
   return {section * args.section_heads.divisor + head, (args.row_tiles - 1 - tile) * args.tile_tokens};
 }
 
-// A place in a ring of kCount slots, and the parity of the barrier phase that its user waits for; one register for both.
-template <int kCount>
-struct Cursor {
-  static_assert((kCount & (kCount - 1)) == 0);
-  uint32_t uses;  // of all slots, plus kCount times the first parity
-  __device__ __forceinline__ explicit Cursor(int first_parity) : uses(kCount * first_parity) {}
-  __device__ __forceinline__ int slot() const { return uses % kCount; }
-  __device__ __forceinline__ int parity() const { return uses / kCount % 2; }
-  __device__ __forceinline__ void advance() { ++uses; }
-};
-constexpr int kProducer = 1, kConsumer = 0;  // first parity: a fresh barrier counts as one whose phase before is over
-
 template <typename Tiles>
 __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tiles::Smem& smem) {
   const Mask& mask = args.call.mask;
   const Sizes& sizes = args.call.sizes;
   const int lane = threadIdx.x % kWarp;
-  Cursor<Tiles::kRounds> round(kProducer);
+  auto round = Ring<Tiles::kRounds>::of_producer();
 
   for (int item = blockIdx.x;;) {
     const bool end = item >= args.items;
@@ -149,12 +137,12 @@ __device__ __forceinline__ void plan(const ForwardArguments& args, typename Tile
       }
       const bool last = base + Tiles::kWords * kWarp >= blocks;
       if (!any && !last) continue;
-      barrier_wait(smem_address(&smem.round_empty[round.slot()]), round.parity());
-      auto& to = smem.rounds[round.slot()];
+      barrier_wait(smem_address(&smem.round_empty[round.place()]), round.parity());
+      auto& to = smem.rounds[round.place()];
       if (lane < Tiles::kWords) to.needed[lane] = needed, to.full[lane] = full;
       if (lane == 0) to.item = item, to.first_block = base, to.last = last;
-      warp_arrive(smem_address(&smem.round_full[round.slot()]), lane);
-      round.advance();
+      warp_arrive(smem_address(&smem.round_full[round.place()]), lane);
+      ++round.steps;
     }
     if (end) return;
     item = args.items;
@@ -172,9 +160,9 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   const Sizes& sizes = args.call.sizes;
   const int lane = threadIdx.x % kWarp;
   const auto at = [](auto& x) { return smem_address(&x); };
-  Cursor<Tiles::kStages> stage(kProducer), value_stage(kProducer);
-  Cursor<Tiles::kQBuffers> buffer(kProducer);
-  Cursor<Tiles::kRounds> round(kConsumer);
+  auto stage = Ring<Tiles::kStages>::of_producer(), value_stage = stage;
+  auto buffer = Ring<Tiles::kQBuffers>::of_producer();
+  Ring<Tiles::kRounds> round;
 
   // `count` blocks from gmem to a tile: at once where they lie side by side.
   const auto load_blocks = [&](char* to, const CUtensorMap& block_map, const CUtensorMap& tile_map, uint64_t& full,
@@ -201,13 +189,13 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
   int value_block = 0, value_head = -1;
   const auto send_values = [&] {
     if (value_head < 0) return;
-    auto& full = smem.v_full[value_stage.slot()];
+    auto& full = smem.v_full[value_stage.place()];
     if (lane == 0) {
-      barrier_wait(at(smem.v_empty[value_stage.slot()]), value_stage.parity());
+      barrier_wait(at(smem.v_empty[value_stage.place()]), value_stage.parity());
       barrier_arrive_expect(at(full), Tiles::kVBytes);
     }
-    load_blocks(smem.v[value_stage.slot()], maps.v, maps.v_tile, full, Tiles::kValueSlabs, value_head, value_block);
-    value_stage.advance();
+    load_blocks(smem.v[value_stage.place()], maps.v, maps.v_tile, full, Tiles::kValueSlabs, value_head, value_block);
+    ++value_stage.steps;
   };
 
   int block = 0;           // lane i: block i of the tile that is being gathered
@@ -220,45 +208,45 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
     const int repeated = __shfl_sync(~0u, block, max(count - 1, 0));
     if (lane >= count) block = count ? repeated : 0;
     partial |= ~0u << count;
-    barrier_wait(at(smem.k_empty[stage.slot()]), stage.parity());
+    barrier_wait(at(smem.k_empty[stage.place()]), stage.parity());
 #pragma unroll
     for (int b = 0; b < Tiles::kBlocks; ++b) {
       const int key = __shfl_sync(~0u, block, b) * Tiles::kBlock + lane;
       const bool exists = b < count && key < sizes.keys;
-      int& end = smem.row_end[stage.slot()][b * Tiles::kBlock + recomputed(lane)];  // likewise
+      int& end = smem.row_end[stage.place()][b * Tiles::kBlock + recomputed(lane)];  // likewise
       if (partial >> b & 1) copy_async_4(at(end), mask.row_end + (exists ? key : 0), exists);
     }
-    copy_async_arrive(at(smem.k_full[stage.slot()]));
-    auto& tile = smem.tiles[stage.slot()];
+    copy_async_arrive(at(smem.k_full[stage.place()]));
+    auto& tile = smem.tiles[stage.place()];
     if (lane < Tiles::kBlocks) tile.first_key[lane] = block * Tiles::kBlock;
     if (lane == 0) {
       constexpr int kMasks = (1 << Tiles::kBlocks) - 1;
       tile.item = item, tile.flags = flags | (first ? kFirst : 0) | (partial & kMasks) * kPartial;
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.slot()]), Tiles::kKBytes);
-    load_blocks(smem.k[stage.slot()], maps.k, maps.k_tile, smem.k_full[stage.slot()], Tiles::kSlabs, rows.kv_head, block);
+    if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.place()]), Tiles::kKBytes);
+    load_blocks(smem.k[stage.place()], maps.k, maps.k_tile, smem.k_full[stage.place()], Tiles::kSlabs, rows.kv_head, block);
     if (Tiles::kQBuffers == 1) send_values();  // the place of these is free before that of Q
     if (first) {  // Q goes behind K, which need not wait for the consumers to finish an item before
       if (lane == 0) {
-        barrier_wait(at(smem.q_empty[buffer.slot()]), buffer.parity());
-        barrier_arrive_expect(at(smem.q_full[buffer.slot()]),
+        barrier_wait(at(smem.q_empty[buffer.place()]), buffer.parity());
+        barrier_arrive_expect(at(smem.q_full[buffer.place()]),
                               args.tile_tokens * args.group.divisor * Tiles::kSlabs * 128);
         for (int slab = 0; slab < Tiles::kSlabs; ++slab)
-          tma_load(at(smem.q[buffer.slot()]) + slab * Tiles::kQSlab, &maps.q, at(smem.q_full[buffer.slot()]), slab * 64,
+          tma_load(at(smem.q[buffer.place()]) + slab * Tiles::kQSlab, &maps.q, at(smem.q_full[buffer.place()]), slab * 64,
                    rows.kv_head * args.group.divisor, rows.first_token);
       }
-      buffer.advance();
+      ++buffer.steps;
     }
     if (Tiles::kQBuffers > 1) send_values();
     value_block = block, value_head = rows.kv_head;
-    stage.advance();
+    ++stage.steps;
     count = 0, partial = 0, first = flags & kLast;
   };
 
   for (;;) {
-    barrier_wait(at(smem.round_full[round.slot()]), round.parity());
-    const auto& found = smem.rounds[round.slot()];
+    barrier_wait(at(smem.round_full[round.place()]), round.parity());
+    const auto& found = smem.rounds[round.place()];
     const int item = found.item;
     if (item >= args.items) break;
     for (int w = 0; w < Tiles::kWords; ++w) {
@@ -271,15 +259,15 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
       }
     }
     if (found.last) send(item, kLast);
-    warp_arrive(at(smem.round_empty[round.slot()]), lane);
-    round.advance();
+    warp_arrive(at(smem.round_empty[round.place()]), lane);
+    ++round.steps;
   }
   send_values();
-  barrier_wait(at(smem.k_empty[stage.slot()]), stage.parity());
-  copy_async_arrive(at(smem.k_full[stage.slot()]));
+  barrier_wait(at(smem.k_empty[stage.place()]), stage.parity());
+  copy_async_arrive(at(smem.k_full[stage.place()]));
   if (lane == 0) {
-    smem.tiles[stage.slot()].flags = kEnd;
-    barrier_arrive(at(smem.k_full[stage.slot()]));
+    smem.tiles[stage.place()].flags = kEnd;
+    barrier_arrive(at(smem.k_full[stage.place()]));
   }
 }
 
@@ -392,8 +380,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
   const auto pass_turn = [&] { named_arrive(1 + (consumer + 1) % Tiles::kConsumers, 2 * Tiles::kGroupThreads); };
   if (consumer == Tiles::kConsumers - 1) pass_turn();
 
-  Cursor<Tiles::kStages> stage(kConsumer), value_stage(kConsumer);  // of keys, and of the values of the tile before
-  Cursor<Tiles::kQBuffers> buffer(kConsumer);  // of the tile whose scores are computed next
+  Ring<Tiles::kStages> stage, value_stage;  // of keys, and of the values of the tile before
+  Ring<Tiles::kQBuffers> buffer;  // of the tile whose scores are computed next
   float o[kValueTiles][4], s[kKeyTiles][4], correction[2];
 #if __CUDACC_VER_MAJOR__ < 13
   // ptxas 12 puts products one after the other (C7515) where nothing defines the sums at first; ptxas 13 does not ask for it.
@@ -414,13 +402,13 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     warp_arrive(at(barrier), threadIdx.x % kWarp);
   };
   const auto release_q = [&](int flags) {  // once the scores are there
-    if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.slot()]);
+    if (!Tiles::kStagedInQ && flags & kLast) release(smem.q_empty[buffer.place()]);
   };
   const auto issue_scores = [&] {
-    const uint32_t q_rows = at(smem.q[buffer.slot()]) + consumer * Tiles::kGroupRows * 128;
+    const uint32_t q_rows = at(smem.q[buffer.place()]) + consumer * Tiles::kGroupRows * 128;
     // Descriptors of the only buffer are always the same; kept in registers they would make others spill.
     const uint64_t q = descriptor_k_major(Tiles::kQBuffers == 1 ? recomputed(q_rows) : q_rows);
-    const uint64_t k = descriptor_k_major(at(smem.k[stage.slot()]));
+    const uint64_t k = descriptor_k_major(at(smem.k[stage.place()]));
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Tiles::kDim / 16; ++step)
@@ -438,7 +426,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     wgmma_commit();
   };
   const auto begin_item = [&] {
-    item = smem.tiles[stage.slot()].item;
+    item = smem.tiles[stage.place()].item;
     const int first_token = row_tile_of(args, item).first_token;
     const auto [lane, warp_row] = place();
 #pragma unroll
@@ -458,9 +446,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
       }
     }
     if (flags >= kPartial)
-      mask_tile<Tiles>(s, call.mask, smem.row_end[stage.slot()], tokens, smem.tiles[stage.slot()], flags, sizes.keys,
+      mask_tile<Tiles>(s, call.mask, smem.row_end[stage.place()], tokens, smem.tiles[stage.place()], flags, sizes.keys,
                        std::make_integer_sequence<int, Tiles::kBlocks>{});
-    release(smem.k_empty[stage.slot()]);
+    release(smem.k_empty[stage.place()]);
     return softmax.update(s, args.scaling.log2_scale, args.slack, correction);
   };
   // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem. Nothing overlaps this,
@@ -526,11 +514,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     }
   };
 
-  barrier_wait(at(smem.k_full[stage.slot()]), stage.parity());
-  int flags = smem.tiles[stage.slot()].flags;
+  barrier_wait(at(smem.k_full[stage.place()]), stage.parity());
+  int flags = smem.tiles[stage.place()].flags;
   if (!(flags & kEnd)) {
     begin_item();
-    barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
+    barrier_wait(at(smem.q_full[buffer.place()]), buffer.parity());
     take_turn();
     issue_scores();
     pass_turn();
@@ -541,27 +529,27 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
 
     bool accumulate = false;  // does O hold values of the item already?
     for (;;) {
-      const int q_buffer = buffer.slot();
+      const int q_buffer = buffer.place();
       const bool last = flags & kLast;
-      stage.advance();
-      barrier_wait(at(smem.k_full[stage.slot()]), stage.parity());
-      flags = smem.tiles[stage.slot()].flags;
+      ++stage.steps;
+      barrier_wait(at(smem.k_full[stage.place()]), stage.parity());
+      flags = smem.tiles[stage.place()].flags;
       if (last) {
-        buffer.advance();
+        ++buffer.steps;
         if (flags & kEnd) {
-          barrier_wait(at(smem.v_full[value_stage.slot()]), value_stage.parity());
-          issue_values(value_stage.slot(), accumulate);
+          barrier_wait(at(smem.v_full[value_stage.place()]), value_stage.parity());
+          issue_values(value_stage.place(), accumulate);
           wgmma_wait<0>();
           named_sync(1 + Tiles::kConsumers + consumer, Tiles::kGroupThreads);  // in place of a turn, see finish_item
           finish_item(item, softmax, q_buffer);
           break;
         }
-        barrier_wait(at(smem.q_full[buffer.slot()]), buffer.parity());
+        barrier_wait(at(smem.q_full[buffer.place()]), buffer.parity());
       }
       take_turn();
       issue_scores();
-      barrier_wait(at(smem.v_full[value_stage.slot()]), value_stage.parity());
-      issue_values(value_stage.slot(), accumulate);
+      barrier_wait(at(smem.v_full[value_stage.place()]), value_stage.parity());
+      issue_values(value_stage.place(), accumulate);
       pass_turn();
       wgmma_wait<1>();
       release_q(flags);
@@ -579,10 +567,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
           for (int e = 0; e < 4; ++e) o[n][e] *= correction[e / 2];
       }
       wgmma_wait<0>();  // behind a branch, across which ptxas moves no softmax
-      release(smem.v_empty[value_stage.slot()]);
+      release(smem.v_empty[value_stage.place()]);
       if (last) finish_item(item_before, softmax_before, q_buffer);
       accumulate = !last;
-      value_stage.advance();
+      ++value_stage.steps;
       to_operand<T>(p, s);
     }
   }

@@ -51,6 +51,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
       "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Where one is in a ring of kCount places: at which, and the parity of the phase of its barriers. A fresh barrier counts as
+// one whose phase before is over: who fills the places waits for that, and so begins a round ahead of who reads them.
+template <int kCount>
+struct Ring {
+  unsigned steps = 0;
+  static __device__ __forceinline__ Ring of_producer() { return {kCount}; }
+  __device__ __forceinline__ int place() const { return steps % kCount; }
+  __device__ __forceinline__ int parity() const { return steps / kCount & 1; }
+};
+
 // -- named barriers among warpgroups ("bar, barrier") ------------------------------------------------------------------------
 
 __device__ __forceinline__ void named_sync(int id, int threads) {

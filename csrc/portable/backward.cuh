@@ -15,6 +15,8 @@
 // float32 like dQ.
 #pragma once
 
+#include <algorithm>
+
 #include "../shared_memory.h"
 #include "tiles.cuh"
 
@@ -48,9 +50,12 @@ struct BackwardTiles {
   static constexpr int kDkRegisters = kKeys * kDim / kThreads, kDvRegisters = kKeys * kValueDim / kThreads;
 };
 
-constexpr int kSmallestKeys = 32;  // keys a tile has at least
+// Keys that a tile has at least, for a compiled head dim.
+constexpr int smallest_keys(int dim) { return dim <= 64 ? 128 : dim <= 192 ? 64 : 32; }
+
 constexpr int kBandRows = 4096;  // packed rows; a multiple of every kRows
-constexpr int kShortBandRows = 2048;  // where few key tiles see a band, so that blocks work on many at once
+constexpr int kShortBandRows = 2048, kFewItems = 16;  // of bands that fewer key tiles see on average
+static_assert(2 * kShortBandRows == kBandRows);
 
 // The workspace of one call, cut into arrays. Rows are packed and padded to kRowPadding, keys to kKeyPadding.
 struct Workspace {
@@ -85,7 +90,8 @@ struct Workspace {
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
     bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
     const int64_t max_bands = deterministic ? 1 : (rows + kShortBandRows - 1) / kShortBandRows;
-    max_items = static_cast<int>(tiles * max_bands);
+    // With short bands a tile has at most twice as many items, and each at least one.
+    max_items = static_cast<int>(std::max(tiles * bands, int64_t{2} * kFewItems * bands + tiles));
     bytes = 0;
     auto take = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
@@ -334,7 +340,6 @@ __device__ __forceinline__ void sort_items(const Workspace& work, int count, int
 // read and add to should stay in L2; but each item costs a start and an end, and longer bands make fewer of them.
 template <typename Rows>
 __device__ __forceinline__ int choose_band_rows(const BackwardArgumentsOf<Rows>& args, int tiles) {
-  constexpr int kFewItems = 16;  // in a band
   const Workspace& work = args.work;
   if (args.call.deterministic) return 0x7fffffff;
   if (args.fixed_order) return kBandRows;
@@ -715,6 +720,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) finish_tiles_kernel(const __g
 
 template <typename Tiles>
 cudaError_t launch_backward_tiles(const Backward& call, cudaStream_t stream) {
+  static_assert(Tiles::kKeys >= smallest_keys(Tiles::kDim), "the workspace is sized for so many");
   using T = typename Tiles::T;
   const BackwardArguments args(call, PackedRows(call.sizes), Tiles::kDim, Tiles::kValueDim, Tiles::kKeys);
   const Sizes& sizes = call.sizes;

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 2) backward_dq_kernel(const _
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward_dq(const Backward& call, cudaStream_t stream) {
   using Tiles = BackwardDqTiles<T, kDim, kValueDim>;
-  const BackwardArguments args(call, PackedRows(call.sizes), kDim, kValueDim, kSmallestKeys);
+  const BackwardArguments args(call, PackedRows(call.sizes), kDim, kValueDim, smallest_keys(kDim));
   const cudaError_t error = allow_shared_memory<backward_dq_kernel<Tiles>>(Tiles::kSmem);
   if (error != cudaSuccess) return error;
   const dim3 grid((args.rows.count + Tiles::kRows - 1) / Tiles::kRows, call.sizes.kv_heads);

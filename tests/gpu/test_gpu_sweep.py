@@ -41,6 +41,25 @@ def test_tiles_of_gpus_with_less_shared_memory(gpu, path, sweep_seed, monkeypatc
     check(range(sweep_seed, sweep_seed + CASES // 10))
 
 
+# Larger than the sweep's: heads whose rows lie in several bands of the backward pass, of 4 096 rows or, where few key tiles
+# see one, of 2 048.
+BANDS = {
+    "long": ([-1], [4000]),
+    "long, a prompt and its answers": ([-1] + [0] * 8, [2400] + [200] * 8),
+    "short": ([-1] * 20, [200] * 20),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("bands", BANDS)
+def test_rows_in_several_bands(bands, rectangular, deterministic, path):
+    parents, lengths = BANDS[bands]
+    options = Options(64**-0.5, deterministic=deterministic)
+    case = Case(7, torch.bfloat16, parents, lengths, 8, 2, 64, 64, options, rectangular=rectangular)
+    assert failures(case) == []
+
+
 def test_a_wrong_result_would_be_found(path):
     """The sweep's own check: each tensor, damaged by one entry, is reported."""
     case = Case(1, torch.float16, [-1, 0, 0], [40, 9, 80], 4, 2, 72, 64, Options(72**-0.5))
