@@ -41,8 +41,8 @@ def test_tiles_of_gpus_with_less_shared_memory(gpu, path, sweep_seed, monkeypatc
     check(range(sweep_seed, sweep_seed + CASES // 10))
 
 
-# Larger than the sweep's: heads whose rows lie in several bands of the backward pass, of 4 096 rows or, where few key tiles
-# see one, of 2 048.
+# Larger than the sweep's: heads whose rows lie in several bands of the backward pass, of 4 096 rows or, where few key
+# tiles see one, of 2 048.
 BANDS = {
     "long": ([-1], [4000]),
     "long, a prompt and its answers": ([-1] + [0] * 8, [2400] + [200] * 8),
