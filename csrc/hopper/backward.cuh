@@ -116,7 +116,6 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   constexpr int kRows = Tiles::kRows, kRowTiles = kRows / 8, kDim = Tiles::kDim;
   const Backward& call = args.call;
   const Sizes& sizes = call.sizes;
-  const Mask& mask = call.mask;
   const auto at = [](auto& x) { return smem_address(&x); };
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0) - 4;  // of all consumers
   const int consumer = warp / Tiles::kGroupReleases;

@@ -86,8 +86,10 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
   const auto take = [&] { return atomicAdd(work.counters, 1); };
   int next = take();
   for (bool ends = false; !ends;) {
-    const auto [exists, kv_head, item] = portable::item_taken(work, sizes, next);
-    ends = !exists;
+    const portable::HeadItem taken = portable::item_taken(work, sizes, next);
+    const int4 item = taken.item;
+    const int kv_head = taken.kv_head;
+    ends = !taken.exists;
     const int tile = ends ? -1 : item.x, k0 = max(tile, 0) * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     bool first = true;
 

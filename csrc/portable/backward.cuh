@@ -527,8 +527,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) backward_kernel(const __gr
     __syncthreads();  // the item before is finished with shared memory
     if (threadIdx.x == 0) taken = atomicAdd(work.counters, 1);
     __syncthreads();
-    const auto [exists, kv_head, item] = item_taken(work, sizes, taken);
-    if (!exists) return;
+    const HeadItem found = item_taken(work, sizes, taken);
+    if (!found.exists) return;
+    const int4 item = found.item;
+    const int kv_head = found.kv_head;
     const int tile = item.x, k0 = tile * kKeys, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const bool several = item.w;
     // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
