@@ -5,7 +5,7 @@
 
 #include "hopper/instances.h"
 #include "hopper/rows.h"
-#include "portable/backward.cuh"
+#include "portable/backward_plan.cuh"
 #include "portable/instances.h"
 
 namespace tree_attn {

@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
   portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
   if (block == 0) {
     if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;
-    if (threadIdx.x == 0 && kv_head == 0) args.work.counters[4] = 0;
+    if (threadIdx.x == 0 && kv_head == 0) args.work.plan->parts_taken = 0;
     for (int i = threadIdx.x; i < 2 * row_tiles; i += blockDim.x)
       args.work.row_parts[int64_t{2} * kv_head * row_tiles + i] = 0;
   }
@@ -443,7 +443,7 @@ __device__ __forceinline__ void finish_rows(const BackwardArguments& args, char*
 // dK and dV of a key tile in several bands.
 template <typename Tiles>
 __device__ __forceinline__ void finish_keys(const BackwardArguments& args, char* staging, int tile, int kv_head) {
-  if (portable::bands_of(args.work.tile_rows[tile], args.work.counters[3]) < 2) return;
+  if (portable::bands_of(args.work.tile_rows[tile], args.work.plan->band_rows) < 2) return;
   const Sizes& sizes = args.call.sizes;
   const int warp = threadIdx.x / kWarp;
   const float* const sums = grad_kv_of<Tiles>(args, kv_head, tile, warp);

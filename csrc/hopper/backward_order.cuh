@@ -17,7 +17,7 @@ namespace tree_attn::hopper {
 __device__ __forceinline__ portable::HeadItem item_in_order(const BackwardArguments& args, int taken, int& place) {
   constexpr int kHeads = 4;
   const Workspace& work = args.work;
-  const int kv_heads = args.call.sizes.kv_heads, items = work.counters[1], filling = work.band_items[work.bands - 1];
+  const int kv_heads = args.call.sizes.kv_heads, items = work.plan->items, filling = work.band_items[work.bands - 1];
   const int first_head = taken / (kHeads * items) * kHeads, heads = min(kHeads, kv_heads - first_head);
   if (taken >= kv_heads * items) return {false, 0, {}};
   const int turn = taken - first_head * items, i = turn / heads;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void clear_sums(const BackwardArguments& args) {
   const int lane = threadIdx.x % kWarp, parts = work.padded_rows / kClearedRows;
   for (;;) {
     int part = 0;
-    if (lane == 0) part = parts + atomicAdd(work.counters + 4, 1);
+    if (lane == 0) part = parts + atomicAdd(&work.plan->parts_taken, 1);
     part = __shfl_sync(~0u, part, 0);
     if (part >= parts * args.call.sizes.kv_heads) return;
     constexpr int kVectors = kClearedRows * Tiles::kDim / 4;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
     ++stages.steps;
   };
 
-  const auto take = [&] { return atomicAdd(work.counters, 1); };
+  const auto take = [&] { return atomicAdd(&work.plan->taken, 1); };
   int next = kOrdered ? 0 : take();
   for (bool ends = false; !ends; ++slots.steps) {
     const int taken = kOrdered ? take() : next, slot = slots.place();

@@ -1,7 +1,7 @@
 // What the backward kernels on Hopper share: arguments, and the element mask of transposed scores (keys x rows).
 #pragma once
 
-#include "../portable/backward.cuh"
+#include "../portable/backward_plan.cuh"
 #include "primitives.cuh"
 #include "rows.h"
 

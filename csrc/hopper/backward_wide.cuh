@@ -83,7 +83,7 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
   unsigned step = 0;                // row tiles sent
   int item_parity = 0, values = 0;  // of the items, and of those with rows
 
-  const auto take = [&] { return atomicAdd(work.counters, 1); };
+  const auto take = [&] { return atomicAdd(&work.plan->taken, 1); };
   int next = take();
   for (bool ends = false; !ends;) {
     const portable::HeadItem taken = portable::item_taken(work, sizes, next);
@@ -572,7 +572,7 @@ __global__ void __launch_bounds__(kFinishThreads)
                                                                           kv_head, sizes.head_dim);
   } else {  // of a key tile in several bands: dK by the first four warps, dV by the others
     const int tile = blockIdx.x - row_tiles, key = tile * Tiles::kKeys + warp * 16;
-    if (portable::bands_of(args.work.tile_rows[tile], args.work.counters[3]) < 2) return;
+    if (portable::bands_of(args.work.tile_rows[tile], args.work.plan->band_rows) < 2) return;
     const float* const sums = wide_grad_kv_of<Tiles>(args, kv_head, tile);
     char* const own = staging + threadIdx.x / kWarp * 4096;
     const auto finish = [&](Tensor3 x, const float* own_sums, int slabs, int cols, float scale) {

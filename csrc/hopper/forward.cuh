@@ -207,10 +207,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
     release(smem.k_empty[stage.place()]);
     return softmax.update(s, args.scaling.log2_scale, args.slack, correction);
   };
-  // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem. Nothing overlaps this,
-  // so it has no branches that differ between threads, and a row's address is computed once.
-  const auto finish_item = [&](int item, const Softmax<Tiles>& softmax, int q_buffer) {
-    const RowTile rows = row_tile_of(args, item);
+  // The item's rows are complete: O registers -> smem (in the place of the item's Q, or apart) -> gmem. No product of
+  // this consumer runs meanwhile, so there are no branches that differ between threads, and a row's address is computed once.
+  const auto finish_item = [&](int finished, const Softmax<Tiles>& sums, int q_buffer) {
+    const RowTile rows = row_tile_of(args, finished);
     const auto [lane, warp_row] = place();
     const int group = args.group.divisor;
     struct Row {
@@ -224,11 +224,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& args, typename T
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Row row = row_of(warp_row + h * 8 + lane / 4);
-      const bool empty = softmax.peak[h] == negative_infinity();
-      float sum = softmax.sum[h];
+      const bool empty = sums.peak[h] == negative_infinity();
+      float sum = sums.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const float peak = softmax.peak[h] * args.scaling.log2_scale;
+      const float peak = sums.peak[h] * args.scaling.log2_scale;
       float denominator = sum;
       if (call.sinks != nullptr) denominator += exp2_approx(call.sinks[row.exists ? row.head : 0] * kLog2e - peak);
       const float inverse = empty ? 0.f : __fdividef(1.f, denominator);

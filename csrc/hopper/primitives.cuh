@@ -52,7 +52,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // Where one is in a ring of kCount places: at which, and the parity of the phase of its barriers. A fresh barrier counts as
-// one whose phase before is over: who fills the places waits for that, and so begins a round ahead of who reads them.
+// one whose phase before is over: who fills the places waits for that, and so begins a round ahead of who reads them, or
+// waits for parity() ^ 1.
 template <int kCount>
 struct Ring {
   unsigned steps = 0;

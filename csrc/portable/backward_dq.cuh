@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../shared_memory.h"
-#include "backward.cuh"
+#include "backward_plan.cuh"
 #include "forward.cuh"
 
 namespace tree_attn::portable {
