@@ -48,7 +48,7 @@ bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool determi
 #if TREE_ATTN_HOPPER
   const int group = s.heads / s.kv_heads;
   return group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
-         with_hopper_backward(s, [&](auto dim, auto) { return !deterministic || dim() <= hopper::kMaxOrderedDim; }) &&
+         with_hopper_backward(s, [&](auto dim, auto) { return !deterministic || dim() <= hopper::kMaxDeterministicDim; }) &&
          on_hopper(s, scale, softcap, config);
 #else
   return false;
@@ -127,14 +127,14 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
   if (!supported(sizes)) return 0;
   const int64_t portable_bytes = with_class(sizes, [&](auto dim, auto value_dim) {
     return portable::Workspace(nullptr, sizes, portable::PackedRows(sizes).count, deterministic, dim(), value_dim(),
-                               portable::smallest_keys(dim()), 0).bytes;
+                               portable::smallest_keys(dim()), false).bytes;
   });
 #if TREE_ATTN_HOPPER
   if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
     return std::max(portable_bytes, with_hopper_backward(sizes, [&](auto dim, auto value_dim) {
-      const int row_tile = hopper::row_tile(dim());
-      return portable::Workspace(nullptr, sizes, hopper::TiledRows(sizes, row_tile).count, false, dim(), value_dim(),
-                                 portable::smallest_keys(dim()), row_tile).bytes;
+      const hopper::TiledRows rows(sizes, hopper::row_tile(dim()));
+      return portable::Workspace(nullptr, sizes, rows.count, false, dim(), value_dim(), portable::smallest_keys(dim()),
+                                 deterministic).bytes;
     }));
   }
 #endif

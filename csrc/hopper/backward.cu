@@ -9,19 +9,19 @@
 
 namespace tree_attn::hopper {
 
-template <typename Tiles, bool kCapped, bool kOrdered>
+template <typename Tiles, bool kCapped, bool kFixedPoint>
 constexpr auto main_kernel() {
-  if constexpr (Tiles::kDim > kMaxOrderedDim) return &wide_backward_kernel<Tiles, kCapped>;
-  else return &hopper::backward_kernel<Tiles, kCapped, kOrdered>;
+  if constexpr (Tiles::kDim > kMaxDeterministicDim) return &wide_backward_kernel<Tiles, kCapped>;
+  else return &hopper::backward_kernel<Tiles, kCapped, kFixedPoint>;
 }
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
-  constexpr bool kWide = kDim > kMaxOrderedDim;
+  constexpr bool kWide = kDim > kMaxDeterministicDim;
   static_assert(kWide || kDim == kValueDim);
   using Tiles = std::conditional_t<kWide, WideBackwardTiles<T, kDim, kValueDim>, BackwardTiles<T, kDim>>;
   static_assert(Tiles::kKeys >= portable::smallest_keys(kDim), "the workspace is sized for so many");
-  const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys, Tiles::kRows);
+  const BackwardArguments args(call, TiledRows(call.sizes, Tiles::kRows), kDim, kValueDim, Tiles::kKeys);
   const Sizes& s = call.sizes;
   const int group = args.rows.group.divisor, tile_tokens = args.rows.tokens.divisor;
   const unsigned key_tiles = (s.keys + Tiles::kKeys - 1) / Tiles::kKeys, kv_heads = s.kv_heads;
@@ -37,18 +37,22 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
+  if (args.fixed_point)
+    portable::key_bounds_kernel<T, kDim, kValueDim>
+        <<<dim3(portable::kBoundParts, kv_heads), portable::kBoundThreads, 0, stream>>>(call.k, call.v, s,
+                                                                                        args.work.key_bounds);
   const auto before = portable::PrepareBlocks::of<Tiles>(args);
   hopper::prepare_kernel<Tiles>
       <<<dim3(before.count(), kv_heads), portable::kPrepareWarps * kWarp, 0, stream>>>(args, before);
   const unsigned grid = std::min(static_cast<unsigned>(processors), args.work.max_items * kv_heads);
-  const auto run = [&](auto capped, auto ordered) {
-    constexpr auto kKernel = main_kernel<Tiles, decltype(capped)::value, decltype(ordered)::value>();
+  const auto run = [&](auto capped, auto fixed_point) {
+    constexpr auto kKernel = main_kernel<Tiles, decltype(capped)::value, decltype(fixed_point)::value>();
     error = allow_shared_memory<kKernel>(Tiles::kSmem);
     if (error == cudaSuccess)
       kKernel<<<grid, Tiles::kThreads, Tiles::kSmem, stream>>>(args, maps);
   };
-  const auto run_capped = [&](auto ordered) {
-    args.scaling.capped ? run(std::true_type{}, ordered) : run(std::false_type{}, ordered);
+  const auto run_capped = [&](auto fixed_point) {
+    args.scaling.capped ? run(std::true_type{}, fixed_point) : run(std::false_type{}, fixed_point);
   };
   if constexpr (kWide) run_capped(std::false_type{});
   else call.deterministic ? run_capped(std::true_type{}) : run_capped(std::false_type{});

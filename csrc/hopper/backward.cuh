@@ -5,7 +5,6 @@
 //   consumer:  S' = K Q^T;  D' = V dO^T;  P' = exp(S' - lse);  dS' = P' (D' - delta)
 //              dV += P' dO;  dQ[row tile before] += dS K;  dK += dS' Q
 //   clearer:   writes the zeros that the float32 sums of dQ begin with, for all heads but the first, while that is computed
-//   adder:     one a consumer, in calls whose sums have a fixed order (`deterministic`): waits for the turn of its dQ
 //
 // Scores are computed transposed, keys x rows, so that P' and dS' are operands of dV and dK as they lie in registers.
 // For dQ the dS' of both consumers meet in shared memory, in kScores buffers in turn; each consumer computes 64 x 64 of
@@ -22,7 +21,8 @@
 // last item with row tiles, and they are sent behind the first row tile, which waits for none of these. Cleared sums come
 // from warps that wait for nobody.
 //
-// How sums come in a fixed order is in backward_order.cuh.
+// In deterministic calls dQ is added up in integers (fixed_point.cuh), and the producer holds an item's last row tile back until
+// it is the item's turn to add to dK and dV.
 #pragma once
 
 #include "backward_producer.cuh"
@@ -36,10 +36,11 @@ struct BackwardTiles {
   static constexpr int kStages = 2, kItems = 2, kScores = 2;  // buffers of row tiles, key tiles and dS'
   static constexpr int kConsumers = 2, kGroupThreads = 128, kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kGroupKeys = kKeys / kConsumers, kReleases = kConsumers * kGroupThreads / kWarp;
-  static constexpr int kGroupReleases = kGroupThreads / kWarp, kStagingThreads = kGroupThreads + kWarp;
+  static constexpr int kGroupReleases = kGroupThreads / kWarp;
   static constexpr bool kClearsLater = true;  // sums of dQ, of all heads but the first
-  static constexpr int kAnnounced = kStages + 2;  // row tiles sent whose dQ may not have left the staging
-  static_assert(kAnnounced == 4, "messages count row tiles modulo 4");
+  // Of row tiles sent whose dQ is still to come; messages count row tiles modulo 4.
+  static constexpr int kRowFactors = 4;
+  static_assert(kRowFactors > kStages);
   static constexpr int kKBytes = kKeys * kDim * 2, kQBytes = kRows * kDim * 2, kSBytes = kKeys * kRows * 2;
   static constexpr int kKSlab = kKeys * 128, kQSlab = kRows * 128, kSSlab = kKeys * 128;  // 64 columns of a tile
   // dQ is 128 x 64 or 64 x 128: a consumer takes half of the rows, or of the columns.
@@ -65,13 +66,11 @@ struct BackwardTiles {
     char ds[kScores][kSBytes];
     char staging[kReleases][kDqRegisters * kWarp * 4];  // of each warp: registers of dQ; rows of dV, then dK
     static_assert(sizeof(staging) == kRows * kDim * 4);
-    float log2_sums[kStages][kRows], deltas[kStages][kRows];
+    float log2_sums[kStages][kRows], deltas[kStages][kRows], row_factors[kRowFactors][kRows];
     uint64_t item_full[kItems], item_empty[kItems], v_full, v_empty, full[kStages], empty[kStages];
-    uint64_t ds_full[kScores], ds_empty[kScores], staging_full[kConsumers];
-    int4 item[kItems];       // key tile or -1 for the end, key/value head, 1 if the tile has other items, its place
+    uint64_t ds_full[kScores], ds_empty[kScores];
+    int4 item[kItems];       // key tile or -1 for the end, key/value head, 0 if the tile has no other items
     int2 message[kStages];   // and the number of the row tile among those of all heads
-    int2 announced[kAnnounced];  // to the adders: the number of a row tile, or -1: the end; the place of its item
-    int upcoming[kConsumers];    // to an adder, with dQ: the number of the row tile after, or negative if not known
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
@@ -102,6 +101,12 @@ __device__ __forceinline__ void store_keys(char* staging, const Tensor3& x, int 
   __syncwarp();
 }
 
+// The row of dQ, in its row tile, of a lane's first two registers of four; the others are 8 rows on. Warps of all consumers.
+template <typename Tiles>
+__device__ __forceinline__ int dq_row(int warp, int lane) {
+  return warp % 4 * 16 + lane / 4 + (Tiles::kDqByRows ? warp / 4 * 64 : 0);
+}
+
 // Where a warp's registers of dK and dV are added up.
 template <typename Tiles>
 __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int kv_head, int tile, int warp) {
@@ -110,7 +115,7 @@ __device__ __forceinline__ float* grad_kv_of(const BackwardArguments& args, int 
          warp * (2 * Tiles::kDkRegisters * kWarp);
 }
 
-template <typename Tiles, bool kCapped, bool kOrdered>
+template <typename Tiles, bool kCapped, bool kFixedPoint>
 __device__ __forceinline__ void consume(const BackwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
   constexpr int kRows = Tiles::kRows, kRowTiles = kRows / 8, kDim = Tiles::kDim;
@@ -132,30 +137,19 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   // The row tile before, whose dQ is to come: its number * kItems + where its keys are; negative for none. Its dS' are at
   // the place before in the ring.
   int late = -1;
-  // dQ in this warp's staging is sent, or handed to the adder, with the next fence: a fence of its own would wait for the
-  // stores.
-  constexpr int kFree = -1, kSent = -2;
-  int staged = kFree;  // or the number of the row tile among those of all heads
+  // dQ in this warp's staging is sent with the next fence: a fence of its own would wait for the stores.
+  int staged = -1;  // none, or the number of the row tile among those of all heads
   const auto send_staged = [&] {
     if (staged < 0) return;
-    if constexpr (kOrdered) {
-      if (warp % Tiles::kGroupReleases == 0 && lane == 0) smem.upcoming[consumer] = late >> 1;  // -1 stays negative
-      release(smem.staging_full[consumer]);
-    } else if (recomputed(threadIdx.x) % kWarp == 0) {  // kept from elsewhere it would make other registers spill
-      bulk_add(args.work.grad_q + int64_t{staged} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
-               sizeof(smem.staging[0]));
-    }
-    staged = kSent;
+    if (recomputed(threadIdx.x) % kWarp == 0)  // kept from elsewhere it would make other registers spill
+      bulk_add<kFixedPoint>(
+          args.work.grad_q + int64_t{staged} * (kRows * kDim) + warp * (Tiles::kDqRegisters * kWarp), at(*staging),
+          sizeof(smem.staging[0]));
+    staged = -1;
   };
   const auto wait_for_staging = [&] {
-    if constexpr (kOrdered) {
-      // A named barrier: with the loop around one more mbarrier ptxas finds no registers for products side by side.
-      if (staged == kSent) named_sync(1 + consumer, Tiles::kStagingThreads);
-      staged = kFree;
-    } else {
-      if (lane == 0) bulk_wait_read();
-      __syncwarp();
-    }
+    if (lane == 0) bulk_wait_read();
+    __syncwarp();
   };
   const auto late_slot = [&] { return late & (Tiles::kItems - 1); };
   const auto late_product = [&](float (&dq)[8][4], Ring<Tiles::kScores> before) {
@@ -173,10 +167,22 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
   const auto late_add = [&](const float (&dq)[8][4], Ring<Tiles::kScores> before) {
     release(smem.ds_empty[before.place()]);
     if (late_slot() != slots.place()) release(smem.item_empty[late_slot()]);  // it was the last of its item
+    float factor[2];
+    if constexpr (kFixedPoint) {
+      const int row = dq_row<Tiles>(recomputed(threadIdx.x) / kWarp - 4, lane);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) factor[h] = smem.row_factors[before.steps % Tiles::kRowFactors][row + h * 8];
+    }
     wait_for_staging();
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kFixedPoint)
+        reinterpret_cast<int4*>(staging)[i * kWarp + lane] = {
+            __float2int_rn(dq[i][0] * factor[0]), __float2int_rn(dq[i][1] * factor[0]),
+            __float2int_rn(dq[i][2] * factor[1]), __float2int_rn(dq[i][3] * factor[1])};
+      else
+        reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
+    }
     staged = late / Tiles::kItems;
   };
 
@@ -341,7 +347,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
-      if constexpr (kOrdered) {  // the next one's turn, once all warps are here
+      if constexpr (kFixedPoint) {  // the next one's turn, once all warps are here
         __threadfence();
         __syncwarp();
         if (lane == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
@@ -354,12 +360,10 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     if (late < 0) release(smem.item_empty[slot]);  // no dQ that needs its keys
     ++slots.steps;
   }
-  wait_for_staging();
-  if constexpr (kOrdered) release(smem.staging_full[consumer]);  // with the end announced
-  else if (lane == 0) bulk_wait();
+  if (lane == 0) bulk_wait();
 }
 
-template <typename Tiles, bool kCapped, bool kOrdered>
+template <typename Tiles, bool kCapped, bool kFixedPoint>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) char raw[];
@@ -380,8 +384,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       barrier_init(smem_address(&smem.ds_full[i]), Tiles::kReleases * kWarpArrivals);
       barrier_init(smem_address(&smem.ds_empty[i]), Tiles::kReleases * kWarpArrivals);
     }
-    for (int i = 0; i < Tiles::kConsumers; ++i)
-      barrier_init(smem_address(&smem.staging_full[i]), Tiles::kGroupReleases * kWarpArrivals);
     for (int i = 0; i < Tiles::kItems; ++i) smem.item[i].y = 0;  // the head whose sums of dQ are clear from the beginning
     barrier_init_fence();
   }
@@ -391,12 +393,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
   if (warp < Tiles::kGroupThreads / kWarp) {
     registers_decrease<Tiles::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Tiles, kOrdered>(args, maps, smem);
+    if (threadIdx.x == 0) produce<Tiles, kFixedPoint>(args, maps, smem);
     else if (warp == 3) clear_sums<Tiles>(args);
-    else if (kOrdered && warp > 0) add_in_order<Tiles>(args, smem, warp - 1);
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
-    consume<Tiles, kCapped, kOrdered>(args, smem);
+    consume<Tiles, kCapped, kFixedPoint>(args, smem);
   }
 }
 
@@ -406,17 +407,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
 template <typename Tiles>
 __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
     prepare_kernel(const __grid_constant__ BackwardArguments args, portable::PrepareBlocks blocks) {
-  const int block = blockIdx.x, kv_head = blockIdx.y, row_tiles = args.work.padded_rows / Tiles::kRows;
+  const int block = blockIdx.x, kv_head = blockIdx.y;
   const bool clears = kv_head == 0 || !Tiles::kClearsLater;
   portable::prepare<Tiles>(args, blocks, block, kv_head, clears);
   if (block == 0) {
     if (threadIdx.x == 0) args.work.cleared[kv_head] = clears ? args.work.padded_rows / kClearedRows : 0;
     if (threadIdx.x == 0 && kv_head == 0) args.work.plan->parts_taken = 0;
-    for (int i = threadIdx.x; i < 2 * row_tiles; i += blockDim.x)
-      args.work.row_parts[int64_t{2} * kv_head * row_tiles + i] = 0;
   }
   const int tile = block - 1 - blocks.rows;
-  if (tile >= 0 && threadIdx.x == 0) *key_parts_of<Tiles>(args, kv_head, tile) = 0;
+  if (args.fixed_point && tile >= 0 && threadIdx.x == 0) *key_parts_of<Tiles>(args, kv_head, tile) = 0;
 }
 
 // And after them: float32 sums to the type of the gradients. A thread reads what one of the consumers has added.
@@ -431,8 +430,20 @@ __device__ __forceinline__ void finish_rows(const BackwardArguments& args, char*
   const int64_t row = static_cast<int64_t>(kv_head) * args.work.padded_rows + first;
   portable::read_registers<Tiles::kDqRegisters>(
       &dq[0][0][0], args.work.grad_q + row * Tiles::kDim + warp * (Tiles::kDqRegisters * kWarp));
+  if (args.fixed_point) {
+    const float* const factors = args.work.row_factor + row + dq_row<Tiles>(warp, threadIdx.x % kWarp);
 #pragma unroll
-  for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
+    for (int h = 0; h < 2; ++h) {
+      const float step = args.scaling.scale / factors[h * 8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) dq[0][n][e] = static_cast<float>(__float_as_int(dq[0][n][e])) * step;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
+  }
   portable::store_accumulators<T, Tiles::kDim>(staging, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
                                                Tiles::kDqByRows ? 0 : consumer * 8, dq);
   __syncthreads();

@@ -2,7 +2,7 @@
 // (backward.cuh says how they work together).
 #pragma once
 
-#include "backward_order.cuh"
+#include "backward_shared.cuh"
 
 namespace tree_attn::hopper {
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void clear_sums(const BackwardArguments& args) {
 
 // -- the producer -----------------------------------------------------------------------------------------------------------
 
-template <typename Tiles, bool kOrdered>
+template <typename Tiles, bool kFixedPoint>
 __device__ __forceinline__ void produce(const BackwardArguments& args, const BackwardMaps& maps,
                                         typename Tiles::Smem& smem) {
   constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys, kSlabs = Tiles::kDim / 64;
@@ -76,18 +76,15 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
       }
       bulk_load(at(smem.log2_sums[stage]), work.log2_sum + from, kRows * 4, full);
       bulk_load(at(smem.deltas[stage]), work.delta + from, kRows * 4, full);
+      if (kFixedPoint)
+        bulk_load(at(smem.row_factors[sent_before(marks)]), work.row_factor + from, kRows * 4, full);
     }
     if (with_values) marks ^= kOddValues;
     const int number = (kv_head * (work.padded_rows / 64) + row0 / 64) / (kRows / 64);
     smem.message[stage] = {message + marks, number};
-    if constexpr (kOrdered) {
-      // The place is free: what was announced there is of a row tile whose dQ the consumers have seen leave their staging
-      // before they computed with the last but one of those sent.
-      smem.announced[sent_before(marks)] = {some ? number : -1, smem.item[slots.place()].w};
-    }
     if (some) {
       marks = (marks & kOddValues) + (marks + kSentUnit & kFlags & -kSentUnit);
-      barrier_arrive_expect(full, 2 * bytes + 2 * kRows * 4);
+      barrier_arrive_expect(full, 2 * bytes + (kFixedPoint ? 3 : 2) * kRows * 4);
     } else {
       barrier_arrive(full);
     }
@@ -103,19 +100,19 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
   };
 
   const auto take = [&] { return atomicAdd(&work.plan->taken, 1); };
-  int next = kOrdered ? 0 : take();
+  int next = take();
   for (bool ends = false; !ends; ++slots.steps) {
-    const int taken = kOrdered ? take() : next, slot = slots.place();
-    int place = 0;
-    const auto [exists, kv_head, item] =
-        kOrdered ? item_in_order(args, taken, place) : portable::item_taken(work, sizes, taken);
-    ends = !exists;
+    const int slot = slots.place();
+    const portable::HeadItem taken = portable::item_taken(work, sizes, next);
+    const int4 item = taken.item;
+    const int kv_head = taken.kv_head;
+    ends = !taken.exists;
     if (!ends && kv_head != smem.item[slot ^ 1].y) wait_for_clear_sums(args, kv_head);  // another than of the last item
     const int tile = item.x, row_tiles = (item.z - item.y + kRows - 1) / kRows;
     const uint32_t item_full = at(smem.item_full[slot]);
     k0 = tile * kKeys, values_due = true;
     barrier_wait(at(smem.item_empty[slot]), slots.parity() ^ 1);
-    smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, place};
+    smem.item[slot] = {ends ? -1 : tile, kv_head, item.w, 0};
     if (ends) {
       barrier_arrive(item_full);
     } else {
@@ -129,11 +126,11 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
     const int full_from = args.rows.first_row(min(keys.begin.high, sizes.rows));
     const int full_to = k0 + kKeys <= sizes.keys ? args.rows.first_row(min(keys.end.low, sizes.rows)) : 0;
     // Blocks side by side start at different rows of their band, so that they do not add to the same dQ at once.
-    int row0 = item.y + (row_tiles > 0 && !kOrdered ? tile % row_tiles * kRows : 0);
+    int row0 = item.y + (row_tiles > 0 ? tile % row_tiles * kRows : 0);
     int held = -1;  // the message before goes out when it is known whether it is the last
     for (int left = row_tiles; left >= 0; --left, row0 = row0 + kRows < item.z ? row0 + kRows : item.y) {
       // The next item is taken late, to leave it to others for as long as possible, and yet before it is needed.
-      if (!kOrdered && left == min(row_tiles, 2)) next = take();  // in fixed order no register is left for it
+      if (left == min(row_tiles, 2)) next = take();
       bool full = row0 >= full_from && row0 + kRows <= full_to;
       if (left > 0 && call.mask.window) {
         const Bounds depth = depths_of_row_tile(args, row0);
@@ -141,7 +138,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
       // The consumers add dK and dV as soon as they have the last row tile.
-      if (kOrdered && left == 0 && !ends) wait_for_key_parts<Tiles>(args, kv_head, smem.item[slot].w);
+      if (kFixedPoint && left == 0) wait_for_key_parts<Tiles>(args, smem.item[slot]);
       if (held >= 0 || left == 0) send(held < 0 ? kNoRows : left == 0 ? held + kLast : held, kv_head);
       held = row0 + (full ? 0 : kPartial);
     }

@@ -8,14 +8,12 @@
 namespace tree_attn::hopper {
 
 struct BackwardArguments : portable::BackwardArgumentsOf<TiledRows> {
-  BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile, int row_tile)
-      : BackwardArgumentsOf(unordered(call), rows, dim, value_dim, keys_per_tile, row_tile) {
-    fixed_order = call.deterministic;
-  }
+  BackwardArguments(const Backward& call, TiledRows rows, int dim, int value_dim, int keys_per_tile)
+      : BackwardArgumentsOf(in_one_kernel(call), rows, dim, value_dim, keys_per_tile, call.deterministic) {}
 
  private:
   // To the portable code `deterministic` means a kernel of its own for dQ.
-  static Backward unordered(Backward call) {
+  static Backward in_one_kernel(Backward call) {
     call.deterministic = false;
     return call;
   }
@@ -48,6 +46,21 @@ __device__ __forceinline__ Bounds depths_of_row_tile(const BackwardArguments& ar
   const int first = args.rows.first_token(row0), sequence = args.call.sizes.rows;
   return bounds_of(args.call.mask.q_depth_bounds, min(first, sequence - 1),
                    min(first + args.rows.tokens.divisor, sequence));
+}
+
+// Calls with sums of dQ in fixed point: what has been added to dK and dV of a key tile in several bands, in warps. Items add in
+// the order in which they are taken, so the first of those that are not finished waits for nobody.
+template <typename Tiles>
+__device__ __forceinline__ int* key_parts_of(const BackwardArguments& args, int kv_head, int tile) {
+  const int tiles = (args.call.sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
+  return args.work.key_parts + int64_t{kv_head} * tiles + tile;
+}
+// Until the tile's items before `item` (key tile, key/value head, 1 + their number or 0) have been added.
+template <typename Tiles>
+__device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args, int4 item) {
+  if (!item.z) return;
+  const int* const parts = key_parts_of<Tiles>(args, item.y, item.x);
+  while (load_acquire(parts) < Tiles::kReleases * (item.z - 1)) {}
 }
 
 // The packed rows that see the two keys of which this thread has scores, of a warpgroup's 64 from `key0` on.

@@ -251,7 +251,7 @@ struct DqColumns {
     proxy_fence();
     __syncwarp();
     if (lane == 0)
-      bulk_add(wide_grad_q_of<Tiles>(work, tile, kFirst + slab, warp), smem_address(staging),
+      bulk_add<false>(wide_grad_q_of<Tiles>(work, tile, kFirst + slab, warp), smem_address(staging),
                Tiles::kSlabFloats * sizeof(float));
   }
 

@@ -10,7 +10,7 @@
 
 namespace tree_attn::hopper {
 
-constexpr int kMaxOrderedDim = 128;  // the largest class of the backward that can add sums up in a fixed order
+constexpr int kMaxDeterministicDim = 128;  // the largest class of the backward for deterministic calls
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);

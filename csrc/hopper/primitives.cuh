@@ -78,9 +78,6 @@ __device__ __forceinline__ int load_acquire(const int* at) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
-__device__ __forceinline__ void store_release(int* at, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
-}
 __device__ __forceinline__ void add_release(int* at, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }
@@ -106,14 +103,20 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* gmem, int b
                : "memory");
 }
 
-// `bytes` (a multiple of 16) of float32 in a row, smem -> added to gmem by the copy engine, and no registers or load/store
-// unit held meanwhile ("Data Movement: cp.reduce.async.bulk"). Then a wait until what this thread has sent was read from
-// smem, or until it has arrived ("cp.async.bulk.wait_group").
-__device__ __forceinline__ void bulk_add(float* gmem, uint32_t smem, int bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-      "cp.async.bulk.commit_group;\n" ::"l"(gmem), "r"(smem), "r"(bytes)
-      : "memory");
+// `bytes` (a multiple of 16) of float32 or int in a row, smem -> added to gmem by the copy engine, and no registers or
+// load/store unit held meanwhile ("Data Movement: cp.reduce.async.bulk"). Then a wait until what this thread has sent was
+// read from smem, or until it has arrived ("cp.async.bulk.wait_group").
+template <bool kIntegers>
+__device__ __forceinline__ void bulk_add(void* gmem, uint32_t smem, int bytes) {
+  if constexpr (kIntegers)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;\n" ::"l"(gmem), "r"(smem),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(gmem), "r"(smem),
+                 "r"(bytes)
+                 : "memory");
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }

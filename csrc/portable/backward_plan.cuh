@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "fixed_point.cuh"
 #include "tiles.cuh"
 
 namespace tree_attn::portable {
@@ -35,17 +36,18 @@ struct Workspace {
   static constexpr int kRowPadding = 128, kKeyPadding = 128;
   float* log2_sum;  // (kv_heads, padded rows) log2 of the whole denominator; +inf where a row sees nothing
   float* delta;     // (kv_heads, padded rows) what is subtracted from D'
-  float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls
+  float* grad_q;    // (kv_heads, padded rows, padded head dim), order of registers; not for deterministic calls. In fixed
+                    // point: int
   float* grad_kv;   // (kv_heads, padded keys, padded head + value dim), likewise
   Plan* plan;
-  int* band_items;  // (2, bands) where the items of each band end: first of tiles that fill it, then of the others
+  int* band_items;  // (bands, 2) where the items of each band end: of tiles that fill it, and of the others behind them
   int2* tile_rows;  // (key tiles) the packed rows that see a key of the tile
-  int4* items;      // (key tile, first row, end row, 1 if the tile has other items)
-  int4* items_by_band;  // the same, band by band
+  int4* items;      // band by band: (key tile, first row, end row, 0 if the tile has no others, else 1 + those before it)
   int4* items_by_size;  // the same, the longest first
   int* cleared;     // (kv_heads) parts of grad_q that are clear; Hopper
-  int* row_parts;   // (kv_heads, row tiles, 2) products that were added to a half of dQ so far; Hopper
-  int* key_parts;   // (kv_heads, key tiles) warps that have added their dK and dV so far; Hopper
+  float2* key_bounds;  // (kv_heads, kBoundParts), see fixed_point.cuh, as the next
+  float* row_factor;   // (kv_heads, padded rows) of the integers in grad_q
+  int* key_parts;      // (kv_heads, key tiles) warps that have added their dK and dV so far; with fixed point
   int padded_rows;
   int bands;      // of kBandRows
   int max_items;
@@ -55,9 +57,9 @@ struct Workspace {
     return (int64_t{s.keys} + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   }
 
-  // `rows`: packed rows of one key/value head; `row_tile`: of which so many have parts that are counted, 0 for none.
+  // `rows`: packed rows of one key/value head.
   Workspace(void* base, const Sizes& s, int64_t rows, bool deterministic, int dim, int value_dim, int keys_per_tile,
-            int row_tile) {
+            bool fixed_point) {
     padded_rows = static_cast<int>((rows + kRowPadding - 1) / kRowPadding * kRowPadding);
     const int64_t tiles = (s.keys + keys_per_tile - 1) / keys_per_tile;
     bands = deterministic ? 1 : static_cast<int>((rows + kBandRows - 1) / kBandRows);
@@ -75,13 +77,13 @@ struct Workspace {
     take(grad_q, deterministic ? 0 : s.kv_heads * int64_t{padded_rows} * dim);
     take(grad_kv, deterministic ? 0 : s.kv_heads * padded_keys(s) * (dim + value_dim));
     take(band_items, 2 * max_bands);
-    take(cleared, row_tile ? s.kv_heads : 0);
-    take(row_parts, row_tile ? int64_t{2} * s.kv_heads * padded_rows / row_tile : 0);
+    take(cleared, s.kv_heads);
+    take(key_bounds, fixed_point ? s.kv_heads * kBoundParts : 0);
+    take(row_factor, fixed_point ? s.kv_heads * int64_t{padded_rows} : 0);
     take(tile_rows, tiles);  // from here on sizes depend on keys_per_tile
     take(items, max_items);
-    take(items_by_band, max_items);
     take(items_by_size, max_items);
-    take(key_parts, row_tile ? s.kv_heads * tiles : 0);
+    take(key_parts, fixed_point ? s.kv_heads * tiles : 0);
   }
 };
 
@@ -92,13 +94,14 @@ struct BackwardArgumentsOf {
   Rows rows;
   Scaling scaling;
   Workspace work;
-  bool fixed_order = false;  // of all sums, by the kernel that computes the products
+  bool fixed_point;  // are sums of dQ integers, and those of dK and dV added in a fixed order?
 
-  BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile, int row_tile = 0)
+  BackwardArgumentsOf(const Backward& call, Rows rows, int dim, int value_dim, int keys_per_tile, bool fixed_point = false)
       : call(call),
         rows(rows),
         scaling(call.scale, call.softcap),
-        work(call.workspace, call.sizes, rows.count, call.deterministic, dim, value_dim, keys_per_tile, row_tile) {}
+        work(call.workspace, call.sizes, rows.count, call.deterministic, dim, value_dim, keys_per_tile, fixed_point),
+        fixed_point(fixed_point) {}
 };
 using BackwardArguments = BackwardArgumentsOf<PackedRows>;
 
@@ -183,22 +186,29 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
 #pragma unroll
     for (int i = 0; i < Part::kRows * Tiles::kDim / 4 / kWarp; ++i) dq[i * kWarp + lane] = {0.f, 0.f, 0.f, 0.f};
   }
+  const auto sum_of_lanes = [](float x) {
+#pragma unroll
+    for (int step = Part::kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+  };
+  const KeyBounds keys = args.fixed_point ? KeyBounds(args.work.key_bounds, kv_head) : KeyBounds();
 #pragma unroll
   for (int i = 0; i < Part::kPasses; ++i) {
-    float delta = 0.f;
+    float delta = 0.f, out_squares = 0.f, grad_squares = 0.f;
     const uint32_t o[4] = {uint32_t(out[i].x), uint32_t(out[i].y), uint32_t(out[i].z), uint32_t(out[i].w)};
     const uint32_t g[4] = {uint32_t(grad[i].x), uint32_t(grad[i].y), uint32_t(grad[i].z), uint32_t(grad[i].w)};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float2 x = Element<T>::unpack(o[j]), y = Element<T>::unpack(g[j]);
       delta += x.x * y.x + x.y * y.y;
+      if (args.fixed_point) out_squares += x.x * x.x + x.y * x.y, grad_squares += y.x * y.x + y.y * y.y;
     }
-#pragma unroll
-    for (int step = Part::kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+    delta = sum_of_lanes(delta);
+    if (args.fixed_point) out_squares = sum_of_lanes(out_squares), grad_squares = sum_of_lanes(grad_squares);
     if (lane % Part::kLanes != 0) continue;
 
     const int row = first + i * Part::kPerPass + lane / Part::kLanes;
-    float log2_sum = -negative_infinity();  // of a row that is none, or sees nothing
+    float log2_sum = -negative_infinity(), factor = 1.f;  // of a row that is none, or sees nothing
     if (args.rows.valid(row)) {
       const int token = args.rows.token(row), head = args.rows.head(row, kv_head);
       const int64_t at = static_cast<int64_t>(head) * call.sizes.rows + token;
@@ -214,12 +224,15 @@ __device__ __forceinline__ void prepare_rows(const BackwardArgumentsOf<Rows>& ar
         }
         // lse leaves the sink out: its gradient is worth exp(denominator - lse) as much. Beyond exp(80) the row's
         // probabilities have vanished in float32.
-        if (call.grad_lse != nullptr) delta -= call.grad_lse[at] * expf(fminf(denominator - lse, 80.f));
+        const float grad_lse = call.grad_lse != nullptr ? call.grad_lse[at] : 0.f;
+        if (call.grad_lse != nullptr) delta -= grad_lse * expf(fminf(denominator - lse, 80.f));
+        if (args.fixed_point) factor = keys.factor(grad_squares, out_squares, delta, grad_lse);
         log2_sum = denominator * kLog2e;
       }
     }
     args.work.log2_sum[packed + row] = log2_sum;
     args.work.delta[packed + row] = delta;
+    if (args.fixed_point) args.work.row_factor[packed + row] = factor;
   }
 }
 
@@ -248,7 +261,7 @@ struct HeadItem {
 __device__ __forceinline__ HeadItem item_taken(const Workspace& work, const Sizes& sizes, int taken) {
   const int items = work.plan->items, in_turns = work.plan->heads_in_turns;
   const int before = (sizes.kv_heads - in_turns) * items, turn = (taken - before) / in_turns;
-  if (taken < before) return {true, taken / items, work.items_by_band[taken % items]};
+  if (taken < before) return {true, taken / items, work.items[taken % items]};
   if (turn >= items) return {false, sizes.kv_heads, {}};
   return {true, sizes.kv_heads - in_turns + (taken - before) % in_turns, work.items_by_size[turn]};
 }
@@ -261,17 +274,33 @@ __device__ __forceinline__ int heads_in_turns(const Sizes& sizes, int64_t rows, 
   return static_cast<int>(min(max(heads, int64_t{1}), int64_t{sizes.kv_heads}));
 }
 
-// One warp: copies the list of items in descending order of their size, to 1 / 64 of the longest, in rows.
-__device__ __forceinline__ void sort_items(const Workspace& work, int count, int longest) {
-  constexpr int kSizes = 64;
-  __shared__ int ends[kSizes + 1];  // of the places of each size, the longest first; the last is for lanes without an item
-  const int lane = threadIdx.x % kWarp;
+// Items of about one size: 0 of the longest, to 1 / kItemSizes of it, in rows.
+constexpr int kItemSizes = 64;
+__device__ __forceinline__ int item_size(int first, int end, int longest) {
+  return kItemSizes - 1 - static_cast<int>((max(end - first, 1) - 1) * int64_t{kItemSizes} / longest);
+}
+
+// How many items of the same tile come before this one in the list by size, where those of a size are in the order of bands.
+// All but the first and the last of a tile fill their bands, so they are of size 0.
+__device__ __forceinline__ int items_before_by_size(const Workspace& work, int4 item, int band_rows, int longest) {
+  const int2 rows = work.tile_rows[item.x];
+  const int band = item.y / band_rows, first = rows.x / band_rows, last = (rows.y - 1) / band_rows;
+  const int size = item_size(item.y, item.z, longest);
+  const int filling = max((size > 0 ? last : band) - first - 1, 0);
+  const bool after_first = band > first && item_size(rows.x, (first + 1) * band_rows, longest) <= size;
+  const bool after_last = band < last && item_size(last * band_rows, rows.y, longest) < size;
+  return filling + after_first + after_last;
+}
+
+// One warp: copies the list of items in descending order of their size.
+__device__ __forceinline__ void sort_items(const Workspace& work, int count, int band_rows) {
+  __shared__ int ends[kItemSizes + 1];  // of the places of each size; the last is for lanes without an item
+  const int lane = threadIdx.x % kWarp, longest = min(band_rows, work.padded_rows);
   // visit(item, its place among those of its size): of all items, in the order of the list.
   const auto each = [&](auto&& visit) {
     for (int first = 0; first < count; first += kWarp) {
       const int4 item = work.items[min(first + lane, count - 1)];
-      const int rows = max(item.z - item.y, 1), length = static_cast<int>((rows - 1) * int64_t{kSizes} / longest);
-      const int size = first + lane < count ? kSizes - 1 - length : kSizes;
+      const int size = first + lane < count ? item_size(item.y, item.z, longest) : kItemSizes;
       const uint32_t same = __match_any_sync(~0u, size), before = same & ((1u << lane) - 1);
       const int place = ends[size] + __popc(before);
       __syncwarp();
@@ -280,17 +309,20 @@ __device__ __forceinline__ void sort_items(const Workspace& work, int count, int
       if (first + lane < count) visit(item, place);
     }
   };
-  for (int i = lane; i <= kSizes; i += kWarp) ends[i] = 0;
+  for (int i = lane; i <= kItemSizes; i += kWarp) ends[i] = 0;
   __syncwarp();
   each([](int4, int) {});
   if (lane == 0)
-    for (int i = 0, sum = 0; i <= kSizes; ++i) {
+    for (int i = 0, sum = 0; i <= kItemSizes; ++i) {
       const int number = ends[i];
       ends[i] = sum;
       sum += number;
     }
   __syncwarp();
-  each([&](int4 item, int place) { work.items_by_size[place] = item; });
+  each([&](int4 item, int place) {
+    if (item.w) item.w = 1 + items_before_by_size(work, item, band_rows, longest);
+    work.items_by_size[place] = item;
+  });
 }
 
 // One block: how many rows a band has. Blocks compute the items of one band after another at the same time, and what they
@@ -299,7 +331,6 @@ template <typename Rows>
 __device__ __forceinline__ int choose_band_rows(const BackwardArgumentsOf<Rows>& args, int tiles) {
   const Workspace& work = args.work;
   if (args.call.deterministic) return 0x7fffffff;
-  if (args.fixed_order) return kBandRows;
   __shared__ int items;
   if (threadIdx.x == 0) items = 0;
   __syncthreads();
@@ -311,8 +342,8 @@ __device__ __forceinline__ int choose_band_rows(const BackwardArgumentsOf<Rows>&
   return items < kFewItems * work.bands ? kShortBandRows : kBandRows;
 }
 
-// One block: lists the items, band by band; in each half of the list (whole bands, then parts of bands) the order is that
-// of bands and of key tiles, so it does not change from run to run.
+// One block: lists the items, band by band, in each band those of tiles that fill it and then the others, in the order of key
+// tiles: it does not change from run to run.
 template <typename Tiles, typename Rows>
 __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args) {
   const Sizes& sizes = args.call.sizes;
@@ -347,7 +378,7 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
   __syncthreads();
   each([&](int band, int, int, int, bool item, bool whole, int2) {
     const int wholes = __popc(__ballot_sync(~0u, item && whole)), parts = __popc(__ballot_sync(~0u, item && !whole));
-    if (lane == 0) ends[band] += wholes, ends[bands + band] += parts;
+    if (lane == 0) ends[2 * band] += wholes, ends[2 * band + 1] += parts;
   });
   if (threadIdx.x == 0) {
     int sum = 0;
@@ -364,22 +395,17 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
   __syncthreads();
   each([&](int band, int tile0, int first, int end, bool item, bool whole, int2 rows) {
     const uint32_t wholes = __ballot_sync(~0u, item && whole), parts = __ballot_sync(~0u, item && !whole);
-    int* const cursor = &ends[band + (whole ? 0 : bands)];
-    const int at = *cursor + __popc((whole ? wholes : parts) & ((1u << lane) - 1));
-    if (item) work.items[at] = {tile0 + lane, first, max(first, end), bands_of(rows, band_rows) > 1};
+    const int at = ends[2 * band + !whole] + __popc((whole ? wholes : parts) & ((1u << lane) - 1));
+    if (item) {
+      const int others = bands_of(rows, band_rows) > 1 ? 1 + band - rows.x / band_rows : 0;
+      work.items[at] = {tile0 + lane, first, max(first, end), others};
+    }
     __syncwarp();
-    if (lane == 0) ends[band] += __popc(wholes), ends[bands + band] += __popc(parts);
+    if (lane == 0) ends[2 * band] += __popc(wholes), ends[2 * band + 1] += __popc(parts);
     __syncwarp();
   });
 
-  const int whole = ends[bands - 1], count = ends[2 * bands - 1];
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int4 item = work.items[i];
-    const int band = item.z > item.y ? item.y / band_rows : 0;  // one without rows is in the first
-    const int parts_before = band == 0 ? 0 : ends[bands + band - 1] - whole;
-    work.items_by_band[i < whole ? i + parts_before : i - whole + ends[band]] = item;
-  }
-  if (warp == 0) sort_items(work, count, min(band_rows, work.padded_rows));
+  if (warp == 0) sort_items(work, work.plan->items, band_rows);
 }
 
 // The float32 sums of dK and dV of a key tile in several bands begin with zeros.
