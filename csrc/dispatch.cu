@@ -43,13 +43,12 @@ bool on_hopper(const Sizes& s, float scale, float softcap, const Config& config)
 #endif
 }
 
-// The Hopper backward as well? It has fewer classes, and fewer still for deterministic calls.
-bool on_hopper_backward(const Sizes& s, float scale, float softcap, bool deterministic, const Config& config) {
+// The Hopper backward as well? It has fewer classes.
+bool on_hopper_backward(const Sizes& s, float scale, float softcap, const Config& config) {
 #if TREE_ATTN_HOPPER
   const int group = s.heads / s.kv_heads;
   return group <= hopper::kMaxGroup && int64_t{s.rows} * group < int64_t{1} << 30 &&
-         with_hopper_backward(s, [&](auto dim, auto) { return !deterministic || dim() <= hopper::kMaxDeterministicDim; }) &&
-         on_hopper(s, scale, softcap, config);
+         with_hopper_backward(s, [](auto, auto) { return true; }) && on_hopper(s, scale, softcap, config);
 #else
   return false;
 #endif
@@ -108,7 +107,7 @@ cudaError_t forward(const Forward& call, const Config& config, cudaStream_t stre
 cudaError_t backward(const Backward& call, const Config& config, cudaStream_t stream) {
   if (!supported(call.sizes)) return cudaErrorInvalidValue;
 #if TREE_ATTN_HOPPER
-  if (on_hopper_backward(call.sizes, call.scale, call.softcap, call.deterministic, config) &&
+  if (on_hopper_backward(call.sizes, call.scale, call.softcap, config) &&
       !repeats_rows(call.q, call.k, call.v, call.grad_out)) {
     return with_hopper_backward(call.sizes, [&](auto dim, auto value_dim) {
       return call.dtype == DType::kFloat16 ? hopper::launch_backward<__half, dim(), value_dim()>(call, stream)
@@ -130,7 +129,7 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
                                portable::smallest_keys(dim()), false).bytes;
   });
 #if TREE_ATTN_HOPPER
-  if (on_hopper_backward(sizes, 1.f, 0.f, deterministic, config)) {
+  if (on_hopper_backward(sizes, 1.f, 0.f, config)) {
     return std::max(portable_bytes, with_hopper_backward(sizes, [&](auto dim, auto value_dim) {
       const hopper::TiledRows rows(sizes, hopper::row_tile(dim()));
       return portable::Workspace(nullptr, sizes, rows.count, false, dim(), value_dim(), portable::smallest_keys(dim()),
@@ -143,7 +142,7 @@ int64_t backward_workspace(const Sizes& sizes, bool deterministic, const Config&
 
 const char* path_name(const Sizes& sizes, const Config& config) {
   if (!on_hopper(sizes, 1.f, 0.f, config)) return "portable";
-  return on_hopper_backward(sizes, 1.f, 0.f, false, config) ? "hopper" : "hopper forward and portable backward";
+  return on_hopper_backward(sizes, 1.f, 0.f, config) ? "hopper" : "hopper forward and portable backward";
 }
 
 }  // namespace tree_attn

@@ -9,15 +9,17 @@
 
 namespace tree_attn::hopper {
 
+constexpr int kMaxNarrowDim = 128;
+
 template <typename Tiles, bool kCapped, bool kFixedPoint>
 constexpr auto main_kernel() {
-  if constexpr (Tiles::kDim > kMaxDeterministicDim) return &wide_backward_kernel<Tiles, kCapped>;
+  if constexpr (Tiles::kDim > kMaxNarrowDim) return &wide_backward_kernel<Tiles, kCapped, kFixedPoint>;
   else return &hopper::backward_kernel<Tiles, kCapped, kFixedPoint>;
 }
 
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
-  constexpr bool kWide = kDim > kMaxDeterministicDim;
+  constexpr bool kWide = kDim > kMaxNarrowDim;
   static_assert(kWide || kDim == kValueDim);
   using Tiles = std::conditional_t<kWide, WideBackwardTiles<T, kDim, kValueDim>, BackwardTiles<T, kDim>>;
   static_assert(Tiles::kKeys >= portable::smallest_keys(kDim), "the workspace is sized for so many");
@@ -54,8 +56,7 @@ cudaError_t launch_backward(const Backward& call, cudaStream_t stream) {
   const auto run_capped = [&](auto fixed_point) {
     args.scaling.capped ? run(std::true_type{}, fixed_point) : run(std::false_type{}, fixed_point);
   };
-  if constexpr (kWide) run_capped(std::false_type{});
-  else call.deterministic ? run_capped(std::true_type{}) : run_capped(std::false_type{});
+  call.deterministic ? run_capped(std::true_type{}) : run_capped(std::false_type{});
   if (error != cudaSuccess) return error;
 
   const int row_tiles = args.work.padded_rows / Tiles::kRows;

@@ -347,11 +347,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
-      if constexpr (kFixedPoint) {  // the next one's turn, once all warps are here
-        __threadfence();
-        __syncwarp();
-        if (lane == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
-      }
+      if constexpr (kFixedPoint) count_key_part<Tiles>(args, item);
     } else {
       wait_for_staging();
       store_keys<Tiles>(staging, call.grad_v, item.x, sizes.keys, item.y, sizes.value_dim, warp, 1.f, dv);
@@ -421,6 +417,18 @@ __global__ void __launch_bounds__(portable::kPrepareWarps * kWarp, 4)
 // And after them: float32 sums to the type of the gradients. A thread reads what one of the consumers has added.
 constexpr int kFinishThreads = 256;
 
+// Integers of two rows of dQ, `row` among those of all heads and 8 on, to float32.
+__device__ __forceinline__ void to_floats(const BackwardArguments& args, float (&dq)[8][4], int64_t row) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float step = 1.f / args.work.row_factor[row + h * 8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) dq[n][e] = static_cast<float>(__float_as_int(dq[n][e])) * step;
+  }
+}
+
 // dQ of the row tile that begins with packed row `first`.
 template <typename Tiles>
 __device__ __forceinline__ void finish_rows(const BackwardArguments& args, char* staging, int first, int kv_head) {
@@ -430,20 +438,9 @@ __device__ __forceinline__ void finish_rows(const BackwardArguments& args, char*
   const int64_t row = static_cast<int64_t>(kv_head) * args.work.padded_rows + first;
   portable::read_registers<Tiles::kDqRegisters>(
       &dq[0][0][0], args.work.grad_q + row * Tiles::kDim + warp * (Tiles::kDqRegisters * kWarp));
-  if (args.fixed_point) {
-    const float* const factors = args.work.row_factor + row + dq_row<Tiles>(warp, threadIdx.x % kWarp);
+  if (args.fixed_point) to_floats(args, dq[0], row + dq_row<Tiles>(warp, threadIdx.x % kWarp));
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float step = args.scaling.scale / factors[h * 8];
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) dq[0][n][e] = static_cast<float>(__float_as_int(dq[0][n][e])) * step;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
-  }
+  for (int i = 0; i < Tiles::kDqRegisters; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
   portable::store_accumulators<T, Tiles::kDim>(staging, warp % 4 * 16 + (Tiles::kDqByRows ? consumer * 64 : 0),
                                                Tiles::kDqByRows ? 0 : consumer * 8, dq);
   __syncthreads();

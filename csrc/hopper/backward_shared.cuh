@@ -63,6 +63,14 @@ __device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args
   while (load_acquire(parts) < Tiles::kReleases * (item.z - 1)) {}
 }
 
+// This warp has added its part of dK and dV of an item.
+template <typename Tiles>
+__device__ __forceinline__ void count_key_part(const BackwardArguments& args, const int4& item) {
+  __threadfence();
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
+}
+
 // The packed rows that see the two keys of which this thread has scores, of a warpgroup's 64 from `key0` on.
 struct SeenRows {
   int first[2], end[2];

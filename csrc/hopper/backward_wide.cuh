@@ -37,6 +37,8 @@ struct WideBackwardTiles {
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = 64, kRows = row_tile(kDim_);
   static constexpr int kQStages = 2, kOStages = kDim > 192 ? 1 : 2;  // buffers of Q and of dO
   static constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads, kGroupWarps = kGroupThreads / kWarp;
+  static constexpr int kReleases = 2 * kGroupWarps;  // warps of both consumers
+  static constexpr int kRowFactors = 2 * kQStages;   // of row tiles: dQ needs them when Q may be another already
   static constexpr int kSlabs = kDim / 64, kValueSlabs = kValueDim / 64;  // of 64 columns
   static constexpr int kSlab = 64 * 128;                                  // bytes: 64 rows or keys
   static constexpr int kKBytes = kSlabs * kSlab, kVBytes = kValueSlabs * kSlab;
@@ -61,17 +63,17 @@ struct WideBackwardTiles {
     char ds[2][kSlab];                                         // keys x rows
     float4 p[kGroupWarps][8 * kWarp];                          // each lane's 32 registers of P', 4 beside each other
     char staging[2 * kGroupWarps][kSlabFloats * sizeof(float)];  // of each warp: dQ; later its dV or dK
-    float log2_sums[kQStages][kRows], deltas[kOStages][kRows];
+    float log2_sums[kQStages][kRows], deltas[kOStages][kRows], row_factors[kRowFactors][kRows];
     uint64_t k_full, k_empty, v_full, v_empty, q_full[kQStages], q_empty[kQStages], o_full[kOStages], o_empty[kOStages];
     uint64_t p_full[kGroupWarps], ds_full;
-    int4 item[2];             // key tile or -1 for the end; key/value head; 1 if the tile has other items; 1 for no rows
+    int4 item[2];             // key tile or -1 for the end; key/value head; 0 if the tile has no others; 1 for no rows
     int2 row_tile[kQStages];  // first row + kPartial + kLast; number among all heads' tiles
   };
   static constexpr int kSmem = sizeof(Smem);
   static_assert(kSmem <= 227 * 1024);
 };
 
-template <typename Tiles>
+template <typename Tiles, bool kFixedPoint>
 __device__ __forceinline__ void produce_wide(const BackwardArguments& args, const BackwardMaps& maps,
                                              typename Tiles::Smem& smem) {
   constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys;
@@ -106,11 +108,14 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         const uint32_t full = at(smem.q_full[stage]);
         barrier_wait(at(smem.q_empty[stage]), queries.parity() ^ 1);
         smem.row_tile[stage] = {message, row_tile};
-        barrier_arrive_expect(full, column_bytes * Tiles::kDim + kRows * 4);
+        barrier_arrive_expect(full, column_bytes * Tiles::kDim + (kFixedPoint ? 2 : 1) * kRows * 4);
 #pragma unroll
         for (int slab = 0; slab < Tiles::kSlabs; ++slab)
           tma_load(at(smem.q[stage]) + slab * Tiles::kSlab, &maps.q, full, slab * 64, head, token);
         bulk_load(at(smem.log2_sums[stage]), work.log2_sum + int64_t{row_tile} * kRows, kRows * 4, full);
+        if (kFixedPoint)
+          bulk_load(at(smem.row_factors[step % Tiles::kRowFactors]), work.row_factor + int64_t{row_tile} * kRows, kRows * 4,
+                    full);
       }
       if (message >= 0 && first) {
         const uint32_t full = at(smem.v_full);
@@ -164,6 +169,8 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         if (depth.low - keys.depth.high >= call.mask.window) continue;
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
+      // The consumers add dK and dV as soon as they have the last row tile.
+      if (kFixedPoint && left == 0) wait_for_key_parts<Tiles>(args, {tile, kv_head, item.w, 0});
       if (held >= 0 || left == 0) send(held >= 0 && left == 0 ? held + kLast : held);
       held = row0 + (full ? 0 : kPartial);
     }
@@ -199,7 +206,7 @@ __device__ __forceinline__ void start_grad(float (&c)[kCols / 8][4], const uint3
   wgmma_commit();
 }
 
-// Where 64 columns of a warp's dQ, already scaled, are added up: `tile` counts the row tiles of all heads.
+// Where 64 columns of a warp's dQ, already scaled or as integers, are added up: `tile` counts the row tiles of all heads.
 template <typename Tiles>
 __device__ __forceinline__ float* wide_grad_q_of(const Workspace& work, int tile, int slab, int warp) {
   return work.grad_q + int64_t{tile} * (Tiles::kRows * Tiles::kDim) +
@@ -214,16 +221,18 @@ __device__ __forceinline__ float* wide_grad_kv_of(const BackwardArguments& args,
 }
 
 // A consumer's columns of dQ: kCount slabs from slab kFirst on.
-template <typename Tiles, int kFirst, int kCount>
+template <typename Tiles, bool kFixedPoint, int kFirst, int kCount>
 struct DqColumns {
+  using Factors = float[Tiles::kRowFactors][Tiles::kRows];
   const Workspace& work;
   char* const staging;
+  const Factors& row_factors;
   const float scale;
   float rest[8][4];    // the second slab, if it is still to be sent
   int rest_tile = -1;  // then of which row tile
 
-  __device__ __forceinline__ DqColumns(const Workspace& work, char* staging, float scale)
-      : work(work), staging(staging), scale(scale) {}
+  __device__ __forceinline__ DqColumns(const Workspace& work, char* staging, const Factors& row_factors, float scale)
+      : work(work), staging(staging), row_factors(row_factors), scale(scale) {}
 
   static __device__ __forceinline__ void start(float (&dq)[kCount * 8][4], uint32_t ds, uint32_t k) {
     const uint64_t a = descriptor_mn_major(ds, Tiles::kSlab);
@@ -251,23 +260,32 @@ struct DqColumns {
     proxy_fence();
     __syncwarp();
     if (lane == 0)
-      bulk_add<false>(wide_grad_q_of<Tiles>(work, tile, kFirst + slab, warp), smem_address(staging),
+      bulk_add<kFixedPoint>(wide_grad_q_of<Tiles>(work, tile, kFirst + slab, warp), smem_address(staging),
                Tiles::kSlabFloats * sizeof(float));
   }
 
-  // The factor is here since ptxas takes a mere copy of a product's registers, used beside the next product, for a use of
+  // What is added: bits of a float, or of an integer. The factor is here since ptxas takes a mere copy of a product's registers, used beside the next product, for a use of
   // the product itself, and then waits after every single wgmma (C7517, C7518).
-  __device__ __forceinline__ void send(const float (&dq)[kCount * 8][4], int tile) {
-    float now[8][4];
+  __device__ __forceinline__ void send(const float (&dq)[kCount * 8][4], int tile, unsigned step) {
+    float now[8][4], factors[2] = {scale, scale};
+    if constexpr (kFixedPoint) {
+      const int thread = recomputed(threadIdx.x), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) factors[h] = row_factors[step % Tiles::kRowFactors][row + h * 8];
+    }
+    const auto added = [&](float x, int e) {
+      x *= factors[e / 2];
+      return kFixedPoint ? __int_as_float(__float2int_rn(x)) : x;
+    };
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) now[i][e] = dq[i][e] * scale;
+      for (int e = 0; e < 4; ++e) now[i][e] = added(dq[i][e], e);
     if constexpr (kCount > 1) {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) rest[i][e] = dq[8 + i][e] * scale;
+        for (int e = 0; e < 4; ++e) rest[i][e] = added(dq[8 + i][e], e);
       rest_tile = tile;
     }
     add(now, tile, 0);
@@ -318,14 +336,15 @@ struct Places {
 };
 
 // Consumer 0.
-template <typename Tiles, bool kCapped>
+template <typename Tiles, bool kCapped, bool kFixedPoint>
 __device__ __forceinline__ void consume_scores(const BackwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
   constexpr int kRows = Tiles::kRows, kValueDim = Tiles::kValueDim;
   const Sizes& sizes = args.call.sizes;
   const auto at = [](auto& x) { return smem_address(&x); };
   const int warp = threadIdx.x / kWarp % 4;
-  DqColumns<Tiles, 0, Tiles::kFirstDqSlabs> columns(args.work, smem.staging[warp], args.scaling.scale);
+  DqColumns<Tiles, kFixedPoint, 0, Tiles::kFirstDqSlabs> columns(args.work, smem.staging[warp], smem.row_factors,
+                                                                 args.scaling.scale);
 
   unsigned step = 0;  // row tiles so far
   for (Ring<1> items;; ++items.steps) {
@@ -392,7 +411,7 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
       if (kBeside) wgmma_wait<1>(), release(smem.o_empty[place]);
       wgmma_wait<0>();
       if (message & kLast) release(smem.k_empty);
-      columns.send(dq, row_tile.y);
+      columns.send(dq, row_tile.y, step);
       ++step;
     }
     if (item.w) release(smem.k_empty);
@@ -405,21 +424,22 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
       float* const to = wide_grad_kv_of<Tiles>(args, item.y, item.x) + 4 * Tiles::kDkFloats + warp * Tiles::kDvFloats;
       portable::add_registers<kValueDim / 2>(to, &dv[0][0]);
     }
+    if (kFixedPoint && item.z) count_key_part<Tiles>(args, item);
   }
   columns.send_rest();
   if (threadIdx.x % kWarp == 0) bulk_wait();
 }
 
 // Consumer 1.
-template <typename Tiles>
+template <typename Tiles, bool kFixedPoint>
 __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typename Tiles::Smem& smem) {
   using T = typename Tiles::T;
   constexpr int kRows = Tiles::kRows, kDim = Tiles::kDim, kDqSlabs = Tiles::kSlabs - Tiles::kFirstDqSlabs;
   const Sizes& sizes = args.call.sizes;
   const auto at = [](auto& x) { return smem_address(&x); };
   const int warp = threadIdx.x / kWarp % 4;
-  DqColumns<Tiles, Tiles::kFirstDqSlabs, kDqSlabs> columns(args.work, smem.staging[Tiles::kGroupWarps + warp],
-                                                           args.scaling.scale);
+  DqColumns<Tiles, kFixedPoint, Tiles::kFirstDqSlabs, kDqSlabs> columns(
+      args.work, smem.staging[Tiles::kGroupWarps + warp], smem.row_factors, args.scaling.scale);
 
   unsigned step = 0;
   Ring<1> values;
@@ -495,7 +515,7 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       if (kBeside) wgmma_wait<1>(), release(smem.q_empty[stage]);
       wgmma_wait<0>();
       if (message & kLast) release(smem.k_empty);
-      columns.send(dq, row_tile.y);
+      columns.send(dq, row_tile.y, step);
       ++step;
     }
     if (item.w) release(smem.k_empty);
@@ -509,12 +529,13 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       float* const to = wide_grad_kv_of<Tiles>(args, item.y, item.x) + warp * Tiles::kDkFloats;
       portable::add_registers<kDim / 2>(to, &dk[0][0]);
     }
+    if (kFixedPoint && item.z) count_key_part<Tiles>(args, item);
   }
   columns.send_rest();
   if (threadIdx.x % kWarp == 0) bulk_wait();
 }
 
-template <typename Tiles, bool kCapped>
+template <typename Tiles, bool kCapped, bool kFixedPoint>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ BackwardArguments args, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) char raw[];
@@ -538,11 +559,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / Tiles::kGroupThreads, 0);
   if (role == 0) {
     registers_decrease<Tiles::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_wide<Tiles>(args, maps, smem);
+    if (threadIdx.x == 0) produce_wide<Tiles, kFixedPoint>(args, maps, smem);
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
-    if (role == 1) consume_scores<Tiles, kCapped>(args, smem);
-    else consume_grads<Tiles>(args, smem);
+    if (role == 1) consume_scores<Tiles, kCapped, kFixedPoint>(args, smem);
+    else consume_grads<Tiles, kFixedPoint>(args, smem);
   }
 }
 
@@ -565,6 +586,11 @@ __global__ void __launch_bounds__(kFinishThreads)
     for (int slab = half; slab < Tiles::kSlabs; slab += 2) {
       float dq[1][8][4];
       portable::read_registers<32>(&dq[0][0][0], wide_grad_q_of<Tiles>(args.work, tile, slab, warp));
+      if (args.fixed_point) {  // which are not scaled yet
+        to_floats(args, dq[0], int64_t{tile} * Tiles::kRows + warp * 16 + threadIdx.x % kWarp / 4);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) (&dq[0][0][0])[i] *= args.scaling.scale;
+      }
       portable::store_accumulators<T, kDim>(staging, warp * 16, slab * 8, dq);
     }
     __syncthreads();

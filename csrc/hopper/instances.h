@@ -10,8 +10,6 @@
 
 namespace tree_attn::hopper {
 
-constexpr int kMaxDeterministicDim = 128;  // the largest class of the backward for deterministic calls
-
 template <typename T, int kDim, int kValueDim>
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
 
