@@ -21,8 +21,7 @@
 // last item with row tiles, and they are sent behind the first row tile, which waits for none of these. Cleared sums come
 // from warps that wait for nobody.
 //
-// In deterministic calls dQ is added up in integers (fixed_point.cuh), and the producer holds an item's last row tile back until
-// it is the item's turn to add to dK and dV.
+// In deterministic calls dQ is added up in integers (fixed_point.cuh), dK and dV in turns (backward_turns.cuh).
 #pragma once
 
 #include "backward_producer.cuh"
@@ -344,10 +343,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
     if (item.x < 0) break;
 
     if (item.z) {
+      if constexpr (kFixedPoint) wait_for_turn(consumer);
       float* to = grad_kv_of<Tiles>(args, item.y, item.x, warp);
       portable::add_registers<Tiles::kDkRegisters>(to, &dk[0][0]);
       portable::add_registers<Tiles::kDkRegisters>(to + Tiles::kDkRegisters * kWarp, &dv[0][0]);
-      if constexpr (kFixedPoint) count_key_part<Tiles>(args, item);
+      if constexpr (kFixedPoint) end_turn(consumer);
     } else {
       wait_for_staging();
       store_keys<Tiles>(staging, call.grad_v, item.x, sizes.keys, item.y, sizes.value_dim, warp, 1.f, dv);
@@ -368,7 +368,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     prefetch_maps(maps);
     for (int i = 0; i < Tiles::kItems; ++i) {
       barrier_init(smem_address(&smem.item_full[i]), 1);
-      barrier_init(smem_address(&smem.item_empty[i]), Tiles::kReleases * kWarpArrivals);
+      barrier_init(smem_address(&smem.item_empty[i]),
+                   (Tiles::kReleases + (kFixedPoint ? Tiles::kConsumers : 0)) * kWarpArrivals);
     }
     barrier_init(smem_address(&smem.v_full), 1);
     barrier_init(smem_address(&smem.v_empty), Tiles::kReleases * kWarpArrivals);
@@ -391,6 +392,14 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     registers_decrease<Tiles::kProducerRegisters>();
     if (threadIdx.x == 0) produce<Tiles, kFixedPoint>(args, maps, smem);
     else if (warp == 3) clear_sums<Tiles>(args);
+    else if (kFixedPoint && warp > 0)
+      keep_turns<Tiles>(args, warp - 1, [&](unsigned i) {
+        const Ring<Tiles::kItems> slots{i};
+        barrier_wait(smem_address(&smem.item_full[slots.place()]), slots.parity());
+        const int4 item = smem.item[slots.place()];
+        warp_arrive(smem_address(&smem.item_empty[slots.place()]), threadIdx.x % kWarp);
+        return item;
+      });
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
     consume<Tiles, kCapped, kFixedPoint>(args, smem);

@@ -2,7 +2,7 @@
 // (backward.cuh says how they work together).
 #pragma once
 
-#include "backward_shared.cuh"
+#include "backward_turns.cuh"
 
 namespace tree_attn::hopper {
 
@@ -137,8 +137,6 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, const Bac
         if (depth.low - keys.depth.high >= call.mask.window) continue;
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
-      // The consumers add dK and dV as soon as they have the last row tile.
-      if (kFixedPoint && left == 0) wait_for_key_parts<Tiles>(args, smem.item[slot]);
       if (held >= 0 || left == 0) send(held < 0 ? kNoRows : left == 0 ? held + kLast : held, kv_head);
       held = row0 + (full ? 0 : kPartial);
     }

@@ -48,29 +48,6 @@ __device__ __forceinline__ Bounds depths_of_row_tile(const BackwardArguments& ar
                    min(first + args.rows.tokens.divisor, sequence));
 }
 
-// Calls with sums of dQ in fixed point: what has been added to dK and dV of a key tile in several bands, in warps. Items add in
-// the order in which they are taken, so the first of those that are not finished waits for nobody.
-template <typename Tiles>
-__device__ __forceinline__ int* key_parts_of(const BackwardArguments& args, int kv_head, int tile) {
-  const int tiles = (args.call.sizes.keys + Tiles::kKeys - 1) / Tiles::kKeys;
-  return args.work.key_parts + int64_t{kv_head} * tiles + tile;
-}
-// Until the tile's items before `item` (key tile, key/value head, 1 + their number or 0) have been added.
-template <typename Tiles>
-__device__ __forceinline__ void wait_for_key_parts(const BackwardArguments& args, int4 item) {
-  if (!item.z) return;
-  const int* const parts = key_parts_of<Tiles>(args, item.y, item.x);
-  while (load_acquire(parts) < Tiles::kReleases * (item.z - 1)) {}
-}
-
-// This warp has added its part of dK and dV of an item.
-template <typename Tiles>
-__device__ __forceinline__ void count_key_part(const BackwardArguments& args, const int4& item) {
-  __threadfence();
-  __syncwarp();
-  if (threadIdx.x % kWarp == 0) add_release(key_parts_of<Tiles>(args, item.y, item.x), 1);
-}
-
 // The packed rows that see the two keys of which this thread has scores, of a warpgroup's 64 from `key0` on.
 struct SeenRows {
   int first[2], end[2];

@@ -169,8 +169,6 @@ __device__ __forceinline__ void produce_wide(const BackwardArguments& args, cons
         if (depth.low - keys.depth.high >= call.mask.window) continue;
         full = full && depth.high - keys.depth.low < call.mask.window;
       }
-      // The consumers add dK and dV as soon as they have the last row tile.
-      if (kFixedPoint && left == 0) wait_for_key_parts<Tiles>(args, {tile, kv_head, item.w, 0});
       if (held >= 0 || left == 0) send(held >= 0 && left == 0 ? held + kLast : held);
       held = row0 + (full ? 0 : kPartial);
     }
@@ -420,11 +418,12 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, ty
       columns.wait_for_staging();
       store_wide_keys<T, kValueDim>(columns.staging, args.call.grad_v, item.x * Tiles::kKeys + warp * 16, sizes.keys,
                                     item.y, sizes.value_dim, 1.f, dv);
-    } else if (!item.w) {
+    } else {
+      if constexpr (kFixedPoint) wait_for_turn(0);
       float* const to = wide_grad_kv_of<Tiles>(args, item.y, item.x) + 4 * Tiles::kDkFloats + warp * Tiles::kDvFloats;
-      portable::add_registers<kValueDim / 2>(to, &dv[0][0]);
+      if (!item.w) portable::add_registers<kValueDim / 2>(to, &dv[0][0]);
+      if constexpr (kFixedPoint) end_turn(0);
     }
-    if (kFixedPoint && item.z) count_key_part<Tiles>(args, item);
   }
   columns.send_rest();
   if (threadIdx.x % kWarp == 0) bulk_wait();
@@ -525,11 +524,12 @@ __device__ __forceinline__ void consume_grads(const BackwardArguments& args, typ
       columns.wait_for_staging();
       store_wide_keys<T, kDim>(columns.staging, args.call.grad_k, item.x * Tiles::kKeys + warp * 16, sizes.keys, item.y,
                                sizes.head_dim, args.scaling.scale, dk);
-    } else if (!item.w) {
+    } else {
+      if constexpr (kFixedPoint) wait_for_turn(1);
       float* const to = wide_grad_kv_of<Tiles>(args, item.y, item.x) + warp * Tiles::kDkFloats;
-      portable::add_registers<kDim / 2>(to, &dk[0][0]);
+      if (!item.w) portable::add_registers<kDim / 2>(to, &dk[0][0]);
+      if constexpr (kFixedPoint) end_turn(1);
     }
-    if (kFixedPoint && item.z) count_key_part<Tiles>(args, item);
   }
   columns.send_rest();
   if (threadIdx.x % kWarp == 0) bulk_wait();
@@ -544,7 +544,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     prefetch_maps(maps);
     const auto init = [](uint64_t& barrier, int arrivals) { barrier_init(smem_address(&barrier), arrivals); };
     constexpr int kOne = Tiles::kGroupWarps * kWarpArrivals, kBoth = 2 * kOne;  // warps of one consumer, of both
-    init(smem.k_full, 1), init(smem.k_empty, kBoth);
+    init(smem.k_full, 1), init(smem.k_empty, kBoth + (kFixedPoint ? 2 * kWarpArrivals : 0));
     init(smem.v_full, 1), init(smem.v_empty, kOne);
     for (int i = 0; i < Tiles::kQStages; ++i) init(smem.q_full[i], 1), init(smem.q_empty[i], kBoth);
     for (int i = 0; i < Tiles::kOStages; ++i) init(smem.o_full[i], 1), init(smem.o_empty[i], kBoth);
@@ -559,7 +559,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / Tiles::kGroupThreads, 0);
   if (role == 0) {
     registers_decrease<Tiles::kProducerRegisters>();
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
     if (threadIdx.x == 0) produce_wide<Tiles, kFixedPoint>(args, maps, smem);
+    else if (kFixedPoint && (warp == 1 || warp == 2))
+      keep_turns<Tiles>(args, warp - 1, [&](unsigned i) {
+        barrier_wait(smem_address(&smem.k_full), i & 1);
+        const int4 item = smem.item[i % 2];
+        release(smem.k_empty);
+        return item;
+      });
   } else {
     registers_increase<Tiles::kConsumerRegisters>();
     if (role == 1) consume_scores<Tiles, kCapped, kFixedPoint>(args, smem);
