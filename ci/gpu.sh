@@ -8,7 +8,7 @@
 # Results and logs go to $GPU_RESULTS (build/gpu), the summary to $GPU_RESULTS/gpu.json. A part that fails does not stop
 # the others; the exit status is 1 if any failed. SANITIZE_CASES (14) and SANITIZE_SEED (0) size the sanitizers' sweep of
 # each set of kernels, COMPUTE_SANITIZER names another compute-sanitizer than that on PATH, RACECHECK_LIBRARY a build with
-# TREE_ATTN_EVERY_LANE_ARRIVES (else one is made). TREE_ATTN_SWEEP_CASES (3000) and TREE_ATTN_SWEEP_SEED size that of the
+# TREE_ATTN_FOR_RACECHECK (else one is made). TREE_ATTN_SWEEP_CASES (3000) and TREE_ATTN_SWEEP_SEED size that of the
 # tests, BENCH_ARGS goes to ci/gpu_bench.py.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -53,7 +53,7 @@ sanitize() { # each set of kernels by itself, under each tool
   # all lanes arrive; the option does the same for some of its versions (CUDA 12.3 to 12.6).
   if [[ " $paths " == *" hopper "* && -z $library ]]; then
     library=$results/racecheck/libtree_attn_cuda.so
-    NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -DTREE_ATTN_EVERY_LANE_ARRIVES" part racecheck-build \
+    NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -DTREE_ATTN_FOR_RACECHECK" part racecheck-build \
       "$python" csrc/build.py --folder "$results/racecheck" --output "$library"
   fi
   for path in $paths; do

@@ -163,25 +163,18 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, typename 
                                             step > 0);
     wgmma_commit();
   };
-  const auto late_add = [&](const float (&dq)[8][4], Ring<Tiles::kScores> before) {
+  const auto late_add = [&](float (&dq)[8][4], Ring<Tiles::kScores> before) {
     release(smem.ds_empty[before.place()]);
     if (late_slot() != slots.place()) release(smem.item_empty[late_slot()]);  // it was the last of its item
-    float factor[2];
     if constexpr (kFixedPoint) {
       const int row = dq_row<Tiles>(recomputed(threadIdx.x) / kWarp - 4, lane);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) factor[h] = smem.row_factors[before.steps % Tiles::kRowFactors][row + h * 8];
+      const float* const factors = smem.row_factors[before.steps % Tiles::kRowFactors] + row;
+      portable::to_integers(dq, {factors[0], factors[8]}, args.work.row_factor + int64_t{late / Tiles::kItems} * kRows + row);
     }
     wait_for_staging();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if constexpr (kFixedPoint)
-        reinterpret_cast<int4*>(staging)[i * kWarp + lane] = {
-            __float2int_rn(dq[i][0] * factor[0]), __float2int_rn(dq[i][1] * factor[0]),
-            __float2int_rn(dq[i][2] * factor[1]), __float2int_rn(dq[i][3] * factor[1])};
-      else
-        reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
-    }
+    for (int i = 0; i < 8; ++i)
+      reinterpret_cast<float4*>(staging)[i * kWarp + lane] = {dq[i][0], dq[i][1], dq[i][2], dq[i][3]};
     staged = late / Tiles::kItems;
   };
 

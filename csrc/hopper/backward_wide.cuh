@@ -262,28 +262,29 @@ struct DqColumns {
                Tiles::kSlabFloats * sizeof(float));
   }
 
-  // What is added: bits of a float, or of an integer. The factor is here since ptxas takes a mere copy of a product's registers, used beside the next product, for a use of
+  // The factor is here since ptxas takes a mere copy of a product's registers, used beside the next product, for a use of
   // the product itself, and then waits after every single wgmma (C7517, C7518).
-  __device__ __forceinline__ void send(const float (&dq)[kCount * 8][4], int tile, unsigned step) {
-    float now[8][4], factors[2] = {scale, scale};
+  __device__ __forceinline__ void send(float (&dq)[kCount * 8][4], int tile, unsigned step) {
+    float now[8][4];
     if constexpr (kFixedPoint) {
       const int thread = recomputed(threadIdx.x), row = thread / kWarp % 4 * 16 + thread % kWarp / 4;
+      const float* const factors = row_factors[step % Tiles::kRowFactors] + row;
+      portable::to_integers(dq, {factors[0], factors[8]}, work.row_factor + int64_t{tile} * Tiles::kRows + row);
+    } else {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) factors[h] = row_factors[step % Tiles::kRowFactors][row + h * 8];
+      for (int i = 0; i < kCount * 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dq[i][e] *= scale;
     }
-    const auto added = [&](float x, int e) {
-      x *= factors[e / 2];
-      return kFixedPoint ? __int_as_float(__float2int_rn(x)) : x;
-    };
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) now[i][e] = added(dq[i][e], e);
+      for (int e = 0; e < 4; ++e) now[i][e] = dq[i][e];
     if constexpr (kCount > 1) {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) rest[i][e] = added(dq[8 + i][e], e);
+        for (int e = 0; e < 4; ++e) rest[i][e] = dq[8 + i][e];
       rest_tile = tile;
     }
     add(now, tile, 0);

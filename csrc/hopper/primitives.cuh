@@ -22,8 +22,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 }
 
 // Arrivals of a warp: one of its lanes arrives, behind __syncwarp(), for what all have read and written. racecheck counts
-// the reads of that lane alone, so for it the library is built with TREE_ATTN_EVERY_LANE_ARRIVES and all lanes arrive.
-#ifdef TREE_ATTN_EVERY_LANE_ARRIVES
+// the reads of that lane alone, so for it the library is built with TREE_ATTN_FOR_RACECHECK and all lanes arrive.
+#ifdef TREE_ATTN_FOR_RACECHECK
 constexpr int kWarpArrivals = kWarp;
 #else
 constexpr int kWarpArrivals = 1;
@@ -122,13 +122,21 @@ __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.w
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
 // 4 bytes gmem -> smem, zero where `valid` is false ("Data Movement: cp.async"); and an arrival once the copies of this
-// thread so far have come ("cp.async.mbarrier.arrive").
+// thread so far have come ("cp.async.mbarrier.arrive"), which racecheck does not follow: for it they are plain stores.
+#ifdef TREE_ATTN_FOR_RACECHECK
+__device__ __forceinline__ void copy_async_4(uint32_t smem, const void* gmem, bool valid) {
+  const int value = valid ? *static_cast<const int*>(gmem) : 0;
+  asm volatile("st.shared.s32 [%0], %1;\n" ::"r"(smem), "r"(value) : "memory");
+}
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) { barrier_arrive(barrier); }
+#else
 __device__ __forceinline__ void copy_async_4(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem), "l"(gmem), "r"(valid ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
+#endif
 
 // Four 8x8 matrices registers -> smem ("Warp-level Matrix Store: stmatrix"); lane l points to row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -26,7 +26,8 @@ static_assert(2 * kShortBandRows == kBandRows);
 struct Plan {
   int taken;           // items, of all heads
   int items;           // of one head
-  int heads_in_turns;  // the last ones, whose items are taken in turn
+  int heads_in_turns;  // the last ones, whose items are taken in turn, the longest first
+  int heads_side_by_side;  // of the others, whose items are taken in turn, band by band
   int band_rows;
   int parts_taken;     // parts of grad_q that some block clears or has cleared; Hopper
 };
@@ -256,14 +257,18 @@ struct HeadItem {
   int4 item;
 };
 
-// What the block computes that took number `taken` of all. Heads come one after the other, their items band by band, whose
-// rows stay in L2 meanwhile. The last heads take turns, and their long items go first, so that all blocks end together.
+// What the block computes that took number `taken` of all. Heads come one after the other, or a few side by side, their items
+// band by band, whose rows stay in L2 meanwhile. The last heads take turns, and their long items go first, so that all blocks
+// end together.
 __device__ __forceinline__ HeadItem item_taken(const Workspace& work, const Sizes& sizes, int taken) {
-  const int items = work.plan->items, in_turns = work.plan->heads_in_turns;
-  const int before = (sizes.kv_heads - in_turns) * items, turn = (taken - before) / in_turns;
-  if (taken < before) return {true, taken / items, work.items[taken % items]};
-  if (turn >= items) return {false, sizes.kv_heads, {}};
-  return {true, sizes.kv_heads - in_turns + (taken - before) % in_turns, work.items_by_size[turn]};
+  const int items = work.plan->items, last_heads = work.plan->heads_in_turns, first_heads = sizes.kv_heads - last_heads;
+  const bool by_size = taken >= first_heads * items;
+  const int side_by_side = work.plan->heads_side_by_side;
+  const int first_head = by_size ? first_heads : taken / (side_by_side * items) * side_by_side;
+  const int heads = by_size ? last_heads : min(side_by_side, first_heads - first_head);
+  if (taken >= sizes.kv_heads * items) return {false, sizes.kv_heads, {}};
+  const int in_heads = taken - first_head * items, turn = in_heads / heads;
+  return {true, first_head + in_heads % heads, (by_size ? work.items_by_size : work.items)[turn]};
 }
 
 // So many heads take turns that each block has a few of their items, as far as what they read and add to stays in L2.
@@ -389,7 +394,9 @@ __device__ __forceinline__ void plan_items(const BackwardArgumentsOf<Rows>& args
     }
     work.plan->taken = 0;
     work.plan->items = sum;
-    work.plan->heads_in_turns = heads_in_turns(sizes, work.padded_rows, sum);
+    const int last_heads = heads_in_turns(sizes, work.padded_rows, sum);
+    work.plan->heads_in_turns = args.fixed_point && last_heads == 1 ? 0 : last_heads;
+    work.plan->heads_side_by_side = args.fixed_point ? 4 : 1;
     work.plan->band_rows = band_rows;
   }
   __syncthreads();

@@ -24,7 +24,7 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // bounds[kv_head][part]: the largest |K_kc| of a part of the keys, and the largest |V_k|^2. NaNs are left out: a row that sees
-// one has a NaN for delta. Grid: kBoundParts, key/value heads.
+// one has a NaN for delta, or gets one from to_integers. Grid: kBoundParts, key/value heads.
 template <typename T, int kDim, int kValueDim>
 __global__ void __launch_bounds__(kBoundThreads)
     key_bounds_kernel(const Tensor3 k, const Tensor3 v, const Sizes sizes, float2* bounds) {
@@ -93,5 +93,44 @@ struct KeyBounds {
     return fabsf(delta) < INFINITY && bound < INFINITY ? 0.96f * 2147483648.f / fmaxf(bound, 1e-28f) : NAN;
   }
 };
+
+// The larger one of two numbers' magnitudes, or NaN if one of them is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float high;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(high) : "f"(fabsf(x)), "f"(fabsf(y)));
+  return high;
+}
+
+// Accumulators of two rows, 8 apart, become integers: x * factor, rounded. Added to 1.5 * 2^23 a number leaves its integer in
+// the low bits of the float, if that is below 2^22 as it nearly always is; instructions that convert take 8 times as long. What
+// is no number or does not fit makes the whole row NaN, by way of its factor in global memory.
+template <int kTiles>
+__device__ __forceinline__ void to_integers(float (&x)[kTiles][4], const float (&factors)[2], float* row_factors) {
+  constexpr float kShift = 12582912.f, kSmall = 4194304.f;
+  bool small = true;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float even = 0.f, odd = 0.f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) even = max_or_nan(even, x[n][2 * h]), odd = max_or_nan(odd, x[n][2 * h + 1]);
+    small = small && max_or_nan(even, odd) * factors[h] < kSmall;
+  }
+  if (__all_sync(~0u, small)) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        x[n][e] = __int_as_float(__float_as_int(fmaf(x[n][e], factors[e / 2], kShift)) - __float_as_int(kShift));
+  } else {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float scaled = x[n][e] * factors[e / 2];
+        if (!(fabsf(scaled) < 2147483648.f)) row_factors[e / 2 * 8] = NAN;
+        x[n][e] = __int_as_float(__float2int_rn(scaled));
+      }
+  }
+}
 
 }  // namespace tree_attn::portable

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from gpu_cases import CLASSES, Case, Inputs, make_inputs, run, ulp
+from gpu_cases import CLASSES, Case, Inputs, failures, make_inputs, run, ulp
 
 import tree_attn
 from tree_attn import TreeMask, _kernels, tree_attention
@@ -46,6 +47,43 @@ def test_deterministic_results_are_the_same_bits_in_20_runs(dims, path):
     first = run(inputs, "cuda")
     for _ in range(19):
         assert_same_bits(run(inputs, "cuda"), first)
+
+
+# Deterministic calls may add up the gradient of q in integers, sized for the largest key and value of the head.
+
+
+@pytest.mark.parametrize("dims", CLASSES, ids=lambda d: f"{d[0]}x{d[1]}")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-50, 2.0**50])
+def test_deterministic_gradients_beside_outliers_and_of_any_size(scale, dims, path):
+    problem = case(torch.bfloat16, *dims, deterministic=True)
+    inputs = make_inputs(problem)
+    for x in (inputs.k, inputs.v):
+        x[[5, 2000]] *= 8  # in both trees
+    inputs = inputs._replace(grad_out=inputs.grad_out * scale, grad_lse=inputs.grad_lse * scale)
+    assert failures(problem, run(inputs, "cuda"), inputs) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["k", "v", "grad_out"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_number_that_is_not_finite_reaches_deterministic_gradients(dtype, where, bad, path):
+    inputs = make_inputs(case(dtype, deterministic=True))
+    getattr(inputs, where)[0, 0, 5] = bad  # the root of the first tree
+    grad_q = run(inputs, "cuda").grad_q
+    rows = 1 if where == "grad_out" else sum(LENGTHS[:8])
+    heads = 1 if where == "grad_out" else 4
+    assert not grad_q[:rows, :heads].isfinite().any(-1).any()
+    assert grad_q[:, heads:].isfinite().all()
+
+
+def test_half_precision_that_overflows_is_seen_in_deterministic_gradients(path):
+    """As gradient scalers count on: a score gradient beyond 65504 is not a number in any kernel."""
+    inputs = make_inputs(case(torch.float16, deterministic=True))
+    inputs = inputs._replace(grad_out=inputs.grad_out * 1e4)
+    in_any_order = inputs._replace(options=replace(inputs.options, deterministic=False))
+    seen, expected = (~run(x, "cuda").grad_q.isfinite().all(-1) for x in (inputs, in_any_order))
+    assert expected.any()
+    assert (seen | ~expected).all()
 
 
 def test_forward_is_the_same_bits_in_20_runs_without_asking(path):
