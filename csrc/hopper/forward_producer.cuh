@@ -73,8 +73,8 @@ struct ForwardMaps {
   CUtensorMap k_tile, v_tile;  // and of a tile of keys
 };
 
-// Flags of a tile: the first or last of its item; the end of all work; from kPartial on one bit a block that needs a mask.
-constexpr int kFirst = 1, kLast = 2, kEnd = 4, kPartial = 8;
+// Flags of a tile: the last of its item; the end of all work; from kPartial on one bit a block that needs a mask.
+constexpr int kLast = 1, kEnd = 2, kPartial = 4;
 
 struct RowTile {
   int kv_head, first_token;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void load(const ForwardArguments& args, const Forward
     if (lane < Tiles::kBlocks) tile.first_key[lane] = block * Tiles::kBlock;
     if (lane == 0) {
       constexpr int kMasks = (1 << Tiles::kBlocks) - 1;
-      tile.item = item, tile.flags = flags | (first ? kFirst : 0) | (partial & kMasks) * kPartial;
+      tile.item = item, tile.flags = flags | (partial & kMasks) * kPartial;
     }
     __syncwarp();
     if (lane == 0) barrier_arrive_expect(at(smem.k_full[stage.place()]), Tiles::kKBytes);
