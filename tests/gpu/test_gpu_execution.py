@@ -72,7 +72,10 @@ def test_a_number_that_is_not_finite_reaches_deterministic_gradients(dtype, wher
     grad_q = run(inputs, "cuda").grad_q
     rows = 1 if where == "grad_out" else sum(LENGTHS[:8])
     heads = 1 if where == "grad_out" else 4
-    assert not grad_q[:rows, :heads].isfinite().any(-1).any()
+    reached = ~grad_q[:rows, :heads].isfinite().all(-1)
+    if where == "k" and bad == float("inf"):  # a score of -inf is a probability of zero
+        reached |= inputs.q[:rows, :heads, 5] < 0
+    assert reached.all()
     assert grad_q[:, heads:].isfinite().all()
 
 
